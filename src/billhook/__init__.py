@@ -1,0 +1,1 @@
+"""billhook: prune, slice and merge trained neural networks."""

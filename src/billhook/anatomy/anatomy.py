@@ -1,0 +1,155 @@
+"""Anatomy: a family of architectures declared as data.
+
+Everything that a method needs to know about a family comes from here; nowhere else does a family's name
+decide anything. All paths are module paths: those of `Anatomy` from the root of the model, those of
+`Attention` and `MLP` from the root of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from billhook.errors import BillhookError, nearest
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The projections of one attention module.
+
+    Separate projections are named by `query`, `key`, `value`; a fused one by `fused`, in the layout that
+    `fused_layout` says: "qkv" (all queries, then all keys, then all values) or "per-head" (query, key and
+    value of head 0, then of head 1, ...).
+    """
+
+    output: str
+    query: str | None = None
+    key: str | None = None
+    value: str | None = None
+    fused: str | None = None
+    fused_layout: Literal["qkv", "per-head"] = "qkv"
+    rotary: bool = True
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The projections that read the block's normalised hidden state."""
+        return tuple(p for p in (self.query, self.key, self.value, self.fused) if p)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The projections of one feed-forward module; `gated` when the inputs are (gate, up)."""
+
+    inputs: tuple[str, ...]
+    output: str
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a family of networks are.
+
+    With `attention` and `mlp` left out, every linear layer inside the blocks is a site: enough to prune an
+    `nn.Module` that is not from Transformers: `Anatomy(family="mine", blocks="layers")`.
+    """
+
+    family: str
+    blocks: str  # the nn.ModuleList (or nn.Sequential) of blocks
+    model_types: tuple[str, ...] = ()  # `config.model_type` values of Transformers
+    attention: Attention | None = None
+    mlp: MLP | None = None
+    embeddings: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()  # inside a block
+    final_norm: str | None = None
+    head: str | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    bias: bool = False
+    conv1d: bool = False  # weights stored as [in, out] (GPT-2)
+    input: str | None = "input_ids"  # the forward argument that a tensor batch goes to; None: positional
+
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """Projections grouped by the input they share, in the order of execution; empty if undeclared."""
+        groups: list[tuple[str, ...]] = []
+        if self.attention:
+            groups += [self.attention.inputs, (self.attention.output,)]
+        if self.mlp:
+            groups += [self.mlp.inputs, (self.mlp.output,)]
+        return tuple(groups)
+
+
+_FAMILIES: dict[str, Anatomy] = {}
+
+
+def declare(anatomy: Anatomy) -> Anatomy:
+    """Make a family known for all its `model_types` (its own name when it has none). Returns it."""
+    for model_type in anatomy.model_types or (anatomy.family,):
+        _FAMILIES[model_type] = anatomy
+    return anatomy
+
+
+def families() -> dict[str, Anatomy]:
+    """All declared families by `config.model_type`."""
+    import billhook.anatomy.families  # noqa: F401  (declares the built-in ones)
+
+    return dict(_FAMILIES)
+
+
+def anatomy_of(model: nn.Module, anatomy: Anatomy | None = None) -> Anatomy:
+    """The anatomy of `model`: the given one, or the one declared for `model.config.model_type`.
+
+    Raises:
+        BillhookError: no family is declared for the model, or a declared part is not in it.
+    """
+    if anatomy is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        known = families()
+        if model_type is None:
+            raise BillhookError(
+                f"{type(model).__name__} has no config.model_type, so its parts are unknown: pass "
+                'anatomy=bh.Anatomy(family="mine", blocks="path.to.the.block.list").'
+            )
+        if model_type not in known:
+            raise BillhookError(
+                f"No anatomy is declared for model_type {model_type!r}{nearest(model_type, known)}: its "
+                f'list of blocks was not found; declare it with bh.declare(bh.Anatomy(family="{model_type}", '
+                f'model_types=("{model_type}",), blocks="path.to.the.block.list")).'
+            )
+        anatomy = known[model_type]
+    _check(model, anatomy)
+    return anatomy
+
+
+def _check(model: nn.Module, anatomy: Anatomy) -> None:
+    parts = {"blocks": [anatomy.blocks]}
+    blocks = _find(model, anatomy.blocks)
+    if blocks is None:
+        parts = {"blocks": [anatomy.blocks]}
+    elif not isinstance(blocks, nn.ModuleList | nn.Sequential) or len(blocks) == 0:
+        raise BillhookError(
+            f"The anatomy of family {anatomy.family!r} names {anatomy.blocks!r} as the blocks, but that is not "
+            "a non-empty nn.ModuleList or nn.Sequential."
+        )
+    else:
+        inside = [*(anatomy.attention.inputs if anatomy.attention else ())]
+        inside += [anatomy.attention.output] if anatomy.attention else []
+        inside += [*anatomy.mlp.inputs, anatomy.mlp.output] if anatomy.mlp else []
+        parts = {"projection": [f"{anatomy.blocks}.0.{path}" for path in inside]}
+    parts["embeddings"] = list(anatomy.embeddings)
+    for part, paths in parts.items():
+        for path in paths:
+            if _find(model, path) is None:
+                raise BillhookError(
+                    f"The anatomy of family {anatomy.family!r} names {path!r} as {part}, but "
+                    f"{type(model).__name__} has no such module: declare an anatomy that fits with "
+                    "bh.declare(bh.Anatomy(...))."
+                )
+
+
+def _find(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None

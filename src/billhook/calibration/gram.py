@@ -1,0 +1,88 @@
+"""The Gram matrix (Hessian of the layer-wise least-squares problem) of a site's input, and its factor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from billhook.calibration.statistics import Statistic
+from billhook.errors import BillhookError
+
+
+class Gram(Statistic["Gram"]):
+    """Gram matrix of the input, H = Σ x xᵀ over all calibration tokens, float32 [in, in].
+
+    The constant in front of H that papers differ in (2, 1/N) changes no result: damping is relative to the
+    mean of the diagonal.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.matrix = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.sums = [self.matrix]
+        self._factors: dict[float, Tensor] = {}
+
+    def update(self, x: Tensor) -> None:
+        x = x.float()
+        self.matrix.addmm_(x.T, x)
+
+    def result(self) -> Gram:
+        return self
+
+    @property
+    def dead(self) -> Tensor:
+        """bool [in]: channels that are zero on all calibration data."""
+        return self.matrix.diagonal() == 0
+
+    def inverse_factor(self, damping: float) -> Tensor:
+        """U of `inverse_cholesky`, computed once for all sites that share this input."""
+        if damping not in self._factors:
+            self._factors[damping] = inverse_cholesky(self.matrix, damping)
+        return self._factors[damping]
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        return 4 * 3 * width * width  # the matrix, its damped copy and its factor
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """H with dead channels (H_jj = 0) given a unit diagonal, plus damping · mean(diag H) on the diagonal."""
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    result = gram.clone()
+    result.diagonal()[dead] = 1.0
+    result.diagonal().add_(damping * result.diagonal().mean())
+    return result
+
+
+def inverse_cholesky(gram: Tensor, damping: float = 0.01) -> Tensor:
+    """Upper triangular U with (damped H)⁻¹ = UᵀU, as SparseGPT's sweep reads it.
+
+    Computed without forming the inverse: with J the reversal of the channels and J H J = LLᵀ,
+    H⁻¹ = J L⁻ᵀ L⁻¹ J, so U = J L⁻¹ J. One factorisation and one triangular solve.
+
+    Where the factorisation fails, damping grows tenfold at a time, up to 1.
+
+    Args:
+        gram: [in, in], float32 or float64.
+        damping: fraction of the mean diagonal that is added to the diagonal.
+
+    Raises:
+        BillhookError: H is not finite, or not positive definite even with damping 1.
+    """
+    if not torch.isfinite(gram).all():
+        raise BillhookError("The Gram matrix of the calibration input is not finite: check the activations.")
+    strength = damping
+    while True:
+        lower, info = torch.linalg.cholesky_ex(damped(gram, strength).flip(0, 1))
+        if int(info) == 0:
+            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+            if torch.isfinite(upper).all():
+                return upper.contiguous()
+        if strength >= 1:
+            raise BillhookError(
+                "The Gram matrix of the calibration input is not positive definite even with damping 1: use more "
+                "calibration data."
+            )
+        strength = min(1.0, max(strength, 1e-3) * 10)

@@ -1,0 +1,78 @@
+"""The journal of a walk: each finished block's weights and record on disk, so that a killed run goes on.
+
+A block is finished when its record file is there; the record is written after the weights, both atomically.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from billhook.calibration.activations import Activations
+from billhook.models.files import Entry, Stored, read_index, write, write_atomically
+
+
+class Journal:
+    """A folder that a walk writes its finished blocks to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def finished(self) -> int:
+        """How many blocks, from the first on, are done."""
+        count = 0
+        while self._record(count).is_file() and self.weights(count).is_file():
+            count += 1
+        return count
+
+    def weights(self, block: int) -> Path:
+        """The safetensors file of a finished block."""
+        return self.folder / f"block-{block:05d}.safetensors"
+
+    def commit(self, block: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Stored]:
+        """Write a finished block: parameters by full name, and its record. Returns where they lie now."""
+        write(self.weights(block), [Entry.of(name, tensor) for name, tensor in tensors.items()])
+        write_atomically(self._record(block), [json.dumps(record).encode()])
+        return self.stored(block)
+
+    def stored(self, block: int) -> dict[str, Stored]:
+        """Where a finished block's parameters lie."""
+        return read_index(self.weights(block))[0]
+
+    def record(self, block: int) -> dict[str, Any]:
+        """The record of a finished block."""
+        result: dict[str, Any] = json.loads(self._record(block).read_text(encoding="utf-8"))
+        return result
+
+    def _record(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.json"
+
+    def inputs(self, block: int, rank: int, world: int) -> Path:
+        """The folder for the hidden states that enter `block`, of one process."""
+        return self.folder / f"inputs-{block:05d}-{rank}of{world}"
+
+    def latest_inputs(self, limit: int, rank: int, world: int) -> tuple[int, Path] | None:
+        """The last block up to `limit` whose input hidden states were saved whole, and where."""
+        for block in range(limit, 0, -1):
+            folder = self.inputs(block, rank, world)
+            if Activations.is_whole(folder):
+                return block, folder
+        return None
+
+    def forget_inputs(self, keep: int, rank: int, world: int) -> None:
+        """Delete this process's saved hidden states but those of block `keep`."""
+        for folder in self.folder.glob(f"inputs-*-{rank}of{world}"):
+            if folder != self.inputs(keep, rank, world):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def block_tensors(name: str, module: torch.nn.Module) -> dict[str, Tensor]:
+    """All parameters of a block by full name."""
+    return {f"{name}.{local}": p.data for local, p in module.named_parameters()}

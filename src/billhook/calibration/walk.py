@@ -1,0 +1,512 @@
+"""The walk: one loop over the blocks of a model that owns all of scale.
+
+    for block in walk(model, batches):
+        norms = block.collect(ColumnNorm)
+        for site in block.sites:
+            site.mask(...)
+
+A method sees block k with its true inputs (its predecessors are already pruned), reads statistics, edits the
+weights of the block's sites, and asks for the next. Streaming, offloading, checkpoint and resume, processes,
+progress and measurement happen here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from billhook.anatomy import Anatomy, Site, anatomy_of, block_names, find_blocks, sites_of
+from billhook.anatomy.sites import stages_of
+from billhook.calibration import distributed, precision
+from billhook.calibration.activations import Activations
+from billhook.calibration.capture import Batch, Capture, _Stop, inference, surroundings
+from billhook.calibration.journal import Journal, block_tensors
+from billhook.calibration.statistics import Statistic
+from billhook.errors import BillhookError
+from billhook.models.source import Streamed, source_of
+from billhook.progress import bar
+from billhook.report.record import BlockRecord, SiteRecord
+from billhook.system import peak_memory, resident_memory
+
+R = TypeVar("R")
+Needs = Literal["calibration", "nothing", "forward"]
+
+_PROBE_ROWS = 256
+_SNAPSHOT_SHARE = 0.05  # of the time may go into saving hidden states for a resume
+
+
+class Block:
+    """One block at its turn.
+
+    Attributes:
+        index, name, module: which block it is.
+        sites: its prunable weights.
+        stages: the sites grouped by the input they share, in the order of execution.
+    """
+
+    def __init__(self, walk: Walk, index: int) -> None:
+        self._walk = walk
+        self.index = index
+        self.name = walk.names[index]
+        self.module = walk.blocks[index]
+        self.sites = walk.sites[index]
+        self.stages = stages_of(self.sites, walk.anatomy)
+        self.seconds: dict[str, float] = {}
+        self._probes: dict[Site, tuple[Tensor, Tensor]] = {}  # input rows and dense outputs
+        self._dense_output: Tensor | None = None
+
+    def collect(self, statistic: type[Statistic[R]], sites: Sequence[Site] | None = None) -> dict[Site, R]:
+        """One pass over the calibration data through the block as it is now.
+
+        Args:
+            statistic: what to gather of each site's input.
+            sites: which sites; all of the block by default.
+
+        Returns:
+            The statistic's result per site. Sites that read the same tensor share one result object.
+
+        Raises:
+            BillhookError: an input is not finite; names block and site.
+        """
+        wanted = list(self.sites if sites is None else sites)
+        statistics: dict[Site, Statistic[R]] = {}
+        device = self._walk.device
+        with self._timed("collect"):
+            for batch in range(len(self._walk.inputs)):
+                with self._listening(wanted, statistic, statistics, batch):
+                    output = self._walk.forward(self, batch)
+                if output is not None and batch == 0 and self._dense_output is None:
+                    self._dense_output = output
+            for site in wanted:
+                if site not in statistics:  # never called: an expert that no token was routed to
+                    statistics[site] = statistic(site.shape[1], device)
+            distinct = list({id(s): s for s in statistics.values()}.values())
+            for one in distinct:
+                distributed.sum_(one.sums)
+            for site in wanted:
+                if not all(bool(torch.isfinite(t).all()) for t in statistics[site].sums):
+                    raise BillhookError(
+                        f"The input of {site.name} (block {self.index}) is not finite on the calibration data: use "
+                        "a wider --dtype such as float32, or check the model."
+                    )
+            results = {id(s): s.result() for s in distinct}
+        return {site: results[id(statistics[site])] for site in wanted}
+
+    @contextmanager
+    def _listening(
+        self,
+        wanted: list[Site],
+        statistic: type[Statistic[R]],
+        statistics: dict[Site, Statistic[R]],
+        batch: int,
+    ) -> Iterator[None]:
+        """Hooks that feed the statistics, and end the pass once every site was seen."""
+        read: dict[int, tuple[Tensor, Site]] = {}  # inputs of this batch by identity; the tensor is kept alive
+        missing = set(wanted)
+        whole_pass = batch == 0 and self._dense_output is None
+        handles = []
+
+        def listen(site: Site) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0]
+                leader = read.setdefault(id(x), (x, site))[1]
+                tokens = x.reshape(-1, x.shape[-1])
+                if leader is site:
+                    if site not in statistics:
+                        statistics[site] = statistic(tokens.shape[1], tokens.device)
+                    with precision.statistics_precision(self._walk.precision, tokens.device):
+                        statistics[site].update(tokens)
+                elif site not in statistics:
+                    statistics[site] = statistics[leader]
+                elif statistics[site] is not statistics[leader]:  # shared in one batch, not in another
+                    statistics[site].update(tokens)
+                self._probe(site, tokens)
+                missing.discard(site)
+                if not missing and not whole_pass:
+                    raise _Stop
+
+            return hook
+
+        for site in wanted:
+            handles.append(site.module.register_forward_pre_hook(listen(site)))
+        try:
+            yield
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _probe(self, site: Site, tokens: Tensor) -> None:
+        """Keep some rows of a site's input and the dense outputs for them, to measure its error afterwards."""
+        if site not in self._probes:
+            rows = torch.linspace(0, len(tokens) - 1, min(_PROBE_ROWS, len(tokens))).long()
+            with torch.autocast(tokens.device.type, enabled=False):
+                x = tokens[rows.to(tokens.device)].float()
+                self._probes[site] = (x, x @ site.weight.float().T)
+
+    def observe(self) -> None:
+        """A dense pass over the first batch, for the report, where the method collects nothing."""
+        read: set[Site] = set()
+
+        def listen(site: Site) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                self._probe(site, args[0].reshape(-1, args[0].shape[-1]))
+                read.add(site)
+
+            return hook
+
+        handles = [site.module.register_forward_pre_hook(listen(site)) for site in self.sites]
+        try:
+            with self._timed("collect"):
+                self._dense_output = self._walk.forward(self, 0)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._walk.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def _site_record(self, site: Site, asked: float) -> SiteRecord:
+        weight = site.weight
+        error = None
+        if site in self._probes:
+            x, dense = self._probes[site]
+            with torch.autocast(weight.device.type, enabled=False):
+                error = _relative_error(dense, x @ weight.float().T)
+        return SiteRecord(
+            site=site.name,
+            block=self.index,
+            projection=site.projection,
+            shape=site.shape,
+            asked=asked,
+            sparsity=1.0 - int(torch.count_nonzero(weight)) / site.numel,
+            error=error,
+        )
+
+
+class Walk:
+    """An iterator over the blocks of a model; see the module's description. Can be iterated once.
+
+    Args:
+        model: a model in memory, or one opened for streaming.
+        batches: calibration batches: tensors (token ids [b, n] or pixels) or dicts of tensors. Under torchrun
+            every process is given all of them and takes its share.
+        anatomy: for models of no declared family.
+        device: where blocks are computed; their weights are there only for their turn.
+        precision: how matrix products of the passes are computed ("auto", "highest", "bf16").
+        needs: "calibration": blocks see all batches; "nothing": only the first, for the report; "forward": all,
+            and the last block's outputs are kept for `outputs`.
+        journal: finished blocks are written there, and a new walk goes on after the last of them. Required for a
+            streamed model that is edited.
+        max_memory: bytes of resident memory to stay under; hidden states go to disk to honour it.
+        label: what the progress bar says.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch] = (),
+        *,
+        anatomy: Anatomy | None = None,
+        device: torch.device | str | None = None,
+        precision: precision.Precision = "auto",
+        needs: Needs = "calibration",
+        journal: Journal | None = None,
+        max_memory: int | None = None,
+        label: str = "walk",
+    ) -> None:
+        self.model = model
+        self.anatomy = anatomy_of(model, anatomy)
+        self.blocks = find_blocks(model, self.anatomy)
+        self.names = block_names(model, self.anatomy)
+        self.sites = sites_of(model, self.anatomy)
+        self.source = source_of(model)
+        self.journal = journal
+        self.needs = needs
+        self.label = label
+        self.max_memory = max_memory
+        self.targets: dict[str, float] = {}  # site name -> sparsity asked; set by the method, for the record
+        self.block_records: list[BlockRecord] = []
+        self.site_records: list[SiteRecord] = []
+        self.resumed_at = 0
+
+        first = next(p for block in self.blocks for p in block.parameters())
+        default = "cpu" if first.device.type == "meta" else first.device
+        self.device = torch.device(device if device is not None else default)
+        self.dtype = self.source.dtype if isinstance(self.source, Streamed) else first.dtype
+        self.precision = _precision(precision, self.device, self.dtype)
+
+        if len(batches) == 0 and needs != "nothing":
+            raise BillhookError("Calibration batches are needed but none were given.")
+        if 0 < len(batches) < distributed.world():
+            raise BillhookError(
+                f"{len(batches)} calibration batches cannot be split over {distributed.world()} processes: give at "
+                "least one batch per process."
+            )
+        if self.source.streams and journal is None and needs != "forward":
+            raise BillhookError("This model is streamed from disk, so its result needs a folder: give out=.")
+        shared = list(batches)[distributed.rank() :: distributed.world()]
+        self.batches: list[Batch] = shared[:1] if needs == "nothing" else shared
+        self.inputs: Activations = Activations(0, self.device)
+        self._scratch: Path | None = None
+        self._as_tuple = False
+
+    # -- what a method reads ------------------------------------------------------------------------------
+
+    def all_sites(self) -> list[Site]:
+        """Every site of the model, in order."""
+        return [site for block in self.sites for site in block]
+
+    def weights(self) -> Iterator[tuple[Site, Tensor]]:
+        """Every site with its present weight [out, in], one block in memory at a time; for reading only."""
+        for name, module, sites in zip(self.names, self.blocks, self.sites, strict=True):
+            self.source.load(module, name, self.device)
+            try:
+                for site in sites:
+                    yield site, site.weight
+            finally:
+                self.source.release(module, name)
+
+    def forward(self, block: Block, batch: int) -> Tensor:
+        """The block's output for one batch of its present inputs."""
+        call = self._capture.calls[batch][block.index]
+        with inference(self.model), precision.forward_precision(self.precision, self.device):
+            output = block.module(self.inputs[batch], *call.args, **call.kwargs)
+        self._as_tuple = isinstance(output, tuple)
+        hidden = output[0] if isinstance(output, tuple) else output
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    # -- the loop -----------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Block]:
+        done = distributed.agree(self.journal.finished() if self.journal else 0)
+        self.resumed_at = done
+        try:
+            with torch.no_grad(), bar(self.label, len(self.blocks)) as step:
+                replay_from = self._begin(done)
+                last_snapshot = time.perf_counter()
+                for index in range(len(self.blocks)):
+                    if index < done:
+                        self._replay(index, propagate=index >= replay_from)
+                        step("resumed")
+                        continue
+                    block = Block(self, index)
+                    with block._timed("load"):
+                        self.source.load(block.module, block.name, self.device)
+                    if self.needs == "nothing" and self.batches:
+                        block.observe()
+                    started, inside = time.perf_counter(), sum(block.seconds.values())
+                    yield block
+                    block.seconds["solve"] = (
+                        time.perf_counter() - started - (sum(block.seconds.values()) - inside)
+                    )
+                    if self.needs != "forward":
+                        distributed.from_main_([site.weight for site in block.sites])
+                    error = self._propagate(block)
+                    last_snapshot = self._finish(block, error, last_snapshot)
+                    step(f"{self.names[index]}" + (f"  error {error:.3g}" if error is not None else ""))
+        finally:
+            if self.needs != "forward":
+                self.close()
+
+    def _begin(self, done: int) -> int:
+        """Fill `inputs` for the first block that must be passed; returns that block's index."""
+        rank, world = distributed.rank(), distributed.world()
+        self._capture = Capture(self.model, self.anatomy, self.source, self.device, self.batches)
+        if not self.batches:
+            return done
+        saved = self.journal.latest_inputs(done, rank, world) if self.journal else None
+        start = distributed.agree_min(saved[0] if saved else 0)
+        held: list[Tensor] = []
+        spill = self._must_spill()
+        if start == 0:
+            self.inputs = self._activations(0, spill)
+            self._capture.run(lambda i, hidden: self.inputs.__setitem__(i, hidden.clone()))
+        else:
+            self._capture.run(lambda i, hidden: held.clear())
+            assert self.journal is not None
+            stored = Activations.open(self.journal.inputs(start, rank, world), self.device)
+            self.inputs = stored if spill else stored.in_memory()
+        return start
+
+    def _replay(self, index: int, propagate: bool) -> None:
+        """Pass a block that an earlier process finished."""
+        assert self.journal is not None
+        stored = self.journal.stored(index)
+        name, module = self.names[index], self.blocks[index]
+        record = self.journal.record(index)
+        self.block_records.append(BlockRecord.model_validate(record["block"]))
+        self.site_records += [SiteRecord.model_validate(s) for s in record["sites"]]
+        if isinstance(self.source, Streamed):
+            self.source.refs.update(stored)
+        else:
+            for full, parameter in block_tensors(name, module).items():
+                parameter.copy_(stored[full].read())
+        if propagate and self.batches:
+            self.source.load(module, name, self.device)
+            self._propagate(Block(self, index))
+            self.source.release(module, name)
+
+    def _propagate(self, block: Block) -> float | None:
+        """Replace the inputs by the outputs of the block as it is now; returns its output error."""
+        if not self.batches:
+            return None
+        error = None
+        last = block.index == len(self.blocks) - 1 and self.needs != "forward"
+        spill = self.inputs.folder is not None
+        with block._timed("propagate"):
+            outputs = self._activations(block.index + 1, spill) if spill else self.inputs
+            for batch in range(1 if last else len(self.inputs)):
+                output = self.forward(block, batch)
+                if not torch.isfinite(output).all():
+                    raise BillhookError(
+                        f"The output of block {block.index} ({block.name}) is not finite: use a wider --dtype such as "
+                        "float32, or a lower sparsity."
+                    )
+                if batch == 0 and block._dense_output is not None:
+                    error = _relative_error(block._dense_output.float(), output.float())
+                outputs[batch] = output
+            block._dense_output = None
+            self.inputs = outputs
+        return error
+
+    def _finish(self, block: Block, error: float | None, last_snapshot: float) -> float:
+        """Record and write a finished block, then let it go; returns when hidden states were last saved."""
+        if self.needs == "forward":
+            self.source.release(block.module, block.name)
+            return last_snapshot
+        with block._timed("write"):
+            sites = [block._site_record(site, self.targets.get(site.name, 0.0)) for site in block.sites]
+            record = BlockRecord(index=block.index, name=block.name, seconds=block.seconds, error=error)
+            if self.journal is not None:
+                last_snapshot = self._commit(block, record, sites, last_snapshot)
+            self.source.release(block.module, block.name)
+        record.seconds = dict(block.seconds)
+        record.peak_memory = peak_memory()
+        self.block_records.append(record)
+        self.site_records += sites
+        return last_snapshot
+
+    def _commit(self, block: Block, record: BlockRecord, sites: list[SiteRecord], last_snapshot: float) -> float:
+        assert self.journal is not None
+        rank, world = distributed.rank(), distributed.world()
+        after = block.index + 1
+        started = time.perf_counter()
+        # Hidden states of block k+1 must be whole before block k counts as finished: a resume may need them.
+        if self.batches and after < len(self.blocks):
+            if self.inputs.folder is not None:
+                self.inputs.seal()
+            elif self._snapshot_cost < _SNAPSHOT_SHARE * (started - last_snapshot):
+                self.inputs.save(self.journal.inputs(after, rank, world))
+                last_snapshot = time.perf_counter()
+                self._snapshot_cost = last_snapshot - started
+        if distributed.is_main():
+            record.peak_memory = peak_memory()
+            entry = {"block": record.model_dump(), "sites": [s.model_dump() for s in sites]}
+            self.journal.commit(block.index, block_tensors(block.name, block.module), entry)
+        distributed.barrier()
+        if isinstance(self.source, Streamed):
+            self.source.refs.update(self.journal.stored(block.index))
+        latest = self.journal.latest_inputs(after, rank, world)
+        if latest is not None:
+            self.journal.forget_inputs(latest[0], rank, world)
+        return last_snapshot
+
+    _snapshot_cost = 0.0
+
+    def close(self) -> None:
+        """Drop the hidden states and scratch files."""
+        self.inputs = Activations(0, self.device)
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+
+    # -- the end of the model -----------------------------------------------------------------------------
+
+    @contextmanager
+    def outputs(self) -> Iterator[Iterator[Any]]:
+        """After a "forward" walk: the model's output (for a language model with `.logits`) batch by batch."""
+        try:
+            with surroundings(self.model, self.anatomy, self.source, self.device):
+                yield (
+                    self._capture.finish(index, self.inputs[index], self._as_tuple)
+                    for index in range(len(self.inputs))
+                )
+        finally:
+            self.close()
+
+    # -- memory -------------------------------------------------------------------------------------------
+
+    def _activations(self, block: int, spill: bool) -> Activations:
+        if not spill:
+            return Activations(len(self.batches), self.device)
+        if self.journal is not None:
+            folder = self.journal.inputs(block, distributed.rank(), distributed.world())
+        else:
+            if self._scratch is None:
+                self._scratch = Path(tempfile.mkdtemp(prefix="billhook-"))
+            folder = self._scratch / f"inputs-{block % 2}"
+        return Activations(len(self.batches), self.device, folder)
+
+    def _must_spill(self) -> bool:
+        """Whether hidden states must go to disk to stay under `max_memory`.
+
+        Raises:
+            BillhookError: not even one block and one batch fit.
+        """
+        if self.max_memory is None:
+            return False
+        itemsize = self.dtype.itemsize
+        widest = max(max(site.shape) for site in self.all_sites())
+        hidden = min(min(site.shape[1] for site in block) for block in self.sites if block)
+        tokens = [_tokens(batch, self.anatomy) for batch in self.batches]
+        weights = max(sum(p.numel() for p in block.parameters()) for block in self.blocks) * itemsize
+        # one block, its statistics' and solver's copies of the widest matrix, and a forward pass's intermediates
+        working = weights + 6 * 4 * max(site.numel for site in self.all_sites())
+        working += max(tokens) * (8 * hidden + 4 * widest) * 4
+        floor = resident_memory() + working
+        if floor > self.max_memory:
+            raise BillhookError(
+                f"--max-memory {self.max_memory / 1e9:.2f} GB is too little: one block of this model with one batch "
+                f"of {max(tokens)} tokens takes about {floor / 1e9:.2f} GB; give more, or use shorter sequences."
+            )
+        return floor + sum(tokens) * hidden * itemsize > self.max_memory
+
+
+def walk(model: nn.Module, batches: Sequence[Batch] = (), **options: Any) -> Walk:
+    """Walk the blocks of `model` in order; options as in `Walk`."""
+    return Walk(model, batches, **options)
+
+
+def _precision(wish: precision.Precision, device: torch.device, dtype: torch.dtype) -> str:
+    return precision.resolve(wish, device, dtype)
+
+
+def _tokens(batch: Batch, anatomy: Anatomy) -> int:
+    tensor = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
+    if anatomy.input == "pixel_values":
+        return len(tensor) * 256  # patches of a usual image; bounds memory only
+    return tensor.shape[0] * (tensor.shape[1] if tensor.ndim > 1 else 1)
+
+
+def _relative_error(reference: Tensor, value: Tensor) -> float | None:
+    """‖y − ŷ‖² / ‖y‖²; None where y is zero."""
+    scale = float(reference.double().square().sum())
+    return float((reference - value).double().square().sum()) / scale if scale > 0 else None

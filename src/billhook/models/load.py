@@ -1,0 +1,176 @@
+"""Opening a model by the name that a user types."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from billhook.errors import BillhookError
+from billhook.models.checkpoint import COMPRESSED, Checkpoint, Packed
+from billhook.models.source import Streamed, attach, match_keys
+
+log = logging.getLogger("billhook")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def resolve(name: str) -> Path:
+    """The Hugging Face folder that a model name stands for.
+
+    Args:
+        name: "demo", a local folder, a GGUF file, or a hub id (owner/name).
+
+    Raises:
+        BillhookError: nothing of that name can be had; says what was tried.
+    """
+    from billhook.models.demo import demo_model, gguf_to_folder
+    from billhook.models.fetch import cache_dir
+
+    if name == "demo":
+        return demo_model()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix in _PICKLES:
+            raise BillhookError(
+                f"{name} is a pickle, which can run code when it is loaded and is refused: save the model as a "
+                "safetensors folder first."
+            )
+        if path.suffix.lower() == ".gguf":
+            stat = path.stat()
+            key = f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+            return gguf_to_folder(path, cache_dir() / "gguf" / key)
+        raise BillhookError(f"{name} is a file but not a GGUF file: give a model folder, a .gguf file or a hub id.")
+    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.parent.is_dir()
+    if local:
+        raise BillhookError(
+            f"No model {name!r}: it is no local folder or GGUF file, and not a hub id of the form owner/name; for a "
+            "first try use 'demo'."
+        )
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, max_workers=4))
+    except GatedRepoError:
+        raise BillhookError(
+            f"The model {name!r} is gated: accept its licence on the hub and log in with 'hf auth login'."
+        ) from None
+    except RepositoryNotFoundError:
+        raise BillhookError(f"The hub has no model {name!r} (or it is private: log in with 'hf auth login').") from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise BillhookError(
+            f"The model {name!r} is no local folder and the hub could not be reached "
+            f"({type(error).__name__}): give a local folder or GGUF file, or use 'demo'."
+        ) from None
+
+
+def load(
+    name: str | Path, *, dtype: torch.dtype | None = None, stream: bool = False, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Any]:
+    """Open a model and its tokenizer.
+
+    Args:
+        name: as in `resolve`.
+        dtype: floating weights are cast to it; None keeps the model's own.
+        stream: leave the weights on disk and read each block when a walk comes to it.
+        device: where the weights go (not for streamed models).
+
+    Returns:
+        (model in evaluation mode, tokenizer); the tokenizer is None where the folder has none (vision models).
+
+    Raises:
+        BillhookError: the folder is not a usable model; says what is wrong with it.
+    """
+    folder = resolve(str(name))
+    checkpoint = Checkpoint.open(folder)
+    model = _skeleton(folder)
+    keys = match_keys(model, checkpoint)
+    own = dtype or _own_dtype(checkpoint)
+    if keys is None and any(isinstance(t, Packed) for t in checkpoint.tensors.values()):
+        raise BillhookError(f"{folder}: the names in {COMPRESSED} do not fit the model's configuration.")
+    if keys is not None:
+        refs = {param: checkpoint.tensors[key] for param, key in keys.items()}
+        source = Streamed(refs, keys, checkpoint, own)
+        if stream:
+            attach(model, source)
+        else:
+            source.load(model, "", torch.device(device))
+            model.tie_weights()  # type: ignore[operator]
+            model.to(device)
+    else:
+        if stream:
+            log.info("The weights of %s are stored under other names than the model's: loading it whole.", folder)
+        model = _from_pretrained(type(model), folder, own).to(device)
+    model.eval()
+    return model, _tokenizer(folder)
+
+
+def _from_pretrained(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    try:
+        model: nn.Module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BillhookError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+    return model
+
+
+def _skeleton(folder: Path) -> nn.Module:
+    """The model of a folder without weights; buffers that code computes (rotary tables) are real."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise BillhookError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
+    names = getattr(config, "architectures", None) or []
+    cls = getattr(transformers, names[0], None) if names else None
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = (
+                cls._from_config(config) if cls else transformers.AutoModelForCausalLM.from_config(config)
+            )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BillhookError(f"{folder / 'config.json'} does not describe a usable model: {_first_line(error)}") from None
+    if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of most of the stored weights."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype.is_floating_point:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    if not sizes:
+        raise BillhookError(f"{checkpoint.folder} holds no floating-point weights.")
+    largest = max(sizes, key=lambda d: sizes[d])
+    if largest.itemsize == 1:
+        raise BillhookError(f"{checkpoint.folder} holds 8-bit weights: prune the unquantized model.")
+    return largest
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise BillhookError(f"The tokenizer in {folder} cannot be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

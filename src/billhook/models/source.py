@@ -1,0 +1,192 @@
+"""Where a module's weights are while it is not in use: in memory, or on disk until it is its turn."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from billhook.errors import BillhookError
+from billhook.models.checkpoint import Checkpoint, Packed
+from billhook.models.files import Stored
+
+
+class Source(Protocol):
+    """Brings the weights of one part of a model into memory and lets them go again."""
+
+    streams: bool
+
+    def load(self, module: nn.Module, name: str, device: torch.device) -> None:
+        """Make all parameters of `module`, whose full name is `name`, real on `device`."""
+        ...
+
+    def release(self, module: nn.Module, name: str) -> None:
+        """Give the memory back; edits that were not written elsewhere are gone."""
+        ...
+
+    def load_own(self, module: nn.Module, name: str, device: torch.device) -> None:
+        """Like `load`, for the parameters and buffers that the module itself holds, not its children's."""
+        ...
+
+    def release_own(self, module: nn.Module, name: str) -> None:
+        """Undo `load_own`."""
+        ...
+
+
+class Resident:
+    """All weights are in memory; parts move to the compute device for their turn."""
+
+    streams = False
+
+    def __init__(self) -> None:
+        self._home: dict[str, torch.device] = {}
+
+    def load(self, module: nn.Module, name: str, device: torch.device) -> None:
+        first = next(module.parameters(), None)
+        if first is not None:
+            self._home[name] = first.device
+            check_finite(name, dict(module.named_parameters()))
+        module.to(device)
+
+    def release(self, module: nn.Module, name: str) -> None:
+        if name in self._home:
+            module.to(self._home.pop(name))
+
+    def load_own(self, module: nn.Module, name: str, device: torch.device) -> None:
+        tensors = [p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None]
+        if tensors:
+            self._home[name] = tensors[0].device
+            _move_own(module, device)
+
+    def release_own(self, module: nn.Module, name: str) -> None:
+        if name in self._home:
+            _move_own(module, self._home.pop(name))
+
+
+class Streamed:
+    """Weights are read from safetensors files when their module's turn comes, and dropped after it.
+
+    Attributes:
+        refs: full parameter name -> stored tensor.
+        checkpoint: the folder that the model was opened from.
+        keys: full parameter name -> its key in the checkpoint's files.
+        dtype: floating tensors are cast to it as they are read.
+    """
+
+    streams = True
+
+    def __init__(
+        self, refs: Mapping[str, Stored | Packed], keys: Mapping[str, str], checkpoint: Checkpoint, dtype: torch.dtype
+    ) -> None:
+        self.refs = dict(refs)
+        self.keys = dict(keys)
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+
+    def load(self, module: nn.Module, name: str, device: torch.device) -> None:
+        for local, full in _names(module, name):
+            tensor = self.read(full)
+            check_finite(full, {"": tensor})
+            _assign(module, local, tensor.to(device))
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, in the dtype of the model."""
+        tensor = self.refs[name].read()
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def release(self, module: nn.Module, name: str) -> None:
+        for local, _ in _names(module, name):
+            self._drop(module, local)
+
+    def load_own(self, module: nn.Module, name: str, device: torch.device) -> None:
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                full = f"{name}.{leaf}" if name else leaf
+                # An embedding may be the largest tensor of the model and only some rows of it are read.
+                stored = self.refs[full]
+                mapped = isinstance(stored, Stored) and stored.dtype == self.dtype and device.type == "cpu"
+                tensor = stored.map() if mapped and isinstance(stored, Stored) else self.read(full)
+                _assign(module, leaf, tensor.to(device))
+        _move_buffers(module, device)
+
+    def release_own(self, module: nn.Module, name: str) -> None:
+        for leaf in list(module._parameters):
+            self._drop(module, leaf)
+
+    @staticmethod
+    def _drop(module: nn.Module, local: str) -> None:
+        owner, _, leaf = local.rpartition(".")
+        parameter = module.get_submodule(owner)._parameters.get(leaf)
+        if parameter is not None:
+            _assign(module, local, torch.empty_like(parameter, device="meta"))
+
+
+_SOURCES: weakref.WeakKeyDictionary[nn.Module, Source] = weakref.WeakKeyDictionary()
+
+
+def attach(model: nn.Module, source: Source) -> None:
+    """Remember where the weights of `model` come from."""
+    _SOURCES[model] = source
+
+
+def source_of(model: nn.Module) -> Source:
+    """The attached source; `Resident` for a model that is simply in memory."""
+    return _SOURCES.get(model) or Resident()
+
+
+def match_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:
+    """Full parameter name -> key in the files; None where names do not correspond one to one.
+
+    Checkpoints of a base model lack the prefix that the model with a head gives it, or the other way round;
+    tied parameters are stored once and are found under the name of the other.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    keys: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names = [name, tied[name]] if name in tied else [name]
+        options = [k for n in names for k in (n, f"{prefix}.{n}", n.removeprefix(f"{prefix}."))]
+        key = next((k for k in options if k in checkpoint.tensors), None)
+        if key is None or tuple(checkpoint.tensors[key].shape) != tuple(parameter.shape):
+            return None
+        keys[name] = key
+    return keys
+
+
+def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights with NaN or infinite values.
+
+    Raises:
+        BillhookError: names the tensor.
+    """
+    for local, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            where = f"{name}.{local}" if local else name
+            raise BillhookError(f"Tensor {where!r} of the model has NaN or infinite values: the weights are damaged.")
+
+
+def _move_own(module: nn.Module, device: torch.device) -> None:
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.data = parameter.data.to(device)
+    _move_buffers(module, device)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for leaf, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[leaf] = buffer.to(device)
+
+
+def _names(module: nn.Module, name: str) -> Iterable[tuple[str, str]]:
+    for local, _ in list(module.named_parameters(remove_duplicate=False)):
+        yield local, f"{name}.{local}" if name else local
+
+
+def _assign(module: nn.Module, local: str, tensor: Tensor) -> None:
+    owner_name, _, leaf = local.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,121 @@
+"""Second-order removal of weights (optimal brain surgeon) for a layer's least-squares problem.
+
+Throughout, the loss of replacing W [out, in] by Ŵ is tr((Ŵ − W) H (Ŵ − W)ᵀ) with the Gram matrix H [in, in] of
+the layer's input; rows of W are independent and share H.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from billhook.sparsity.patterns import NM, Scope
+from billhook.sparsity.select import budget, keep_largest, keep_n_of_m
+
+_INNER = 32
+
+
+def sweep(
+    weight: Tensor,
+    upper: Tensor,
+    *,
+    sparsity: float = 0.0,
+    pattern: NM | None = None,
+    scope: Scope = "layer",
+    keep: Tensor | None = None,
+    dead: Tensor | None = None,
+    block_size: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT's sweep (Frantar & Alistarh 2023, algorithm 1): prune column by column, repair to the right.
+
+    Columns are taken from left to right in blocks; each removed weight's error is compensated by the columns to
+    its right through U. The mask of a block is chosen when the sweep reaches it, by w² / U_ii² on the weights
+    updated so far; or it is given by `keep`.
+
+    Args:
+        weight: [out, in], float32 or float64. Not modified.
+        upper: U of `inverse_cholesky`, [in, in], same dtype.
+        sparsity: share removed in every column block ("layer": over all rows of the block; "row": of each row),
+            when neither `pattern` nor `keep` is given. Counts are exact over the whole matrix.
+        pattern: N:M; its groups must not straddle column blocks, so block_size is rounded to a multiple of M.
+        scope: as above.
+        keep: a fixed bool mask [out, in]; the sweep is then a pure weight update for it.
+        dead: bool [in], channels whose input is always zero: they are pruned first and disturb nothing.
+        block_size: columns per block.
+
+    Returns:
+        (Ŵ, mask): the new weight with exact zeros, and the bool mask [out, in] of what was kept.
+    """
+    rows, columns = weight.shape
+    # Columns are the unit of work: transposed, each is one contiguous run of memory.
+    w = weight.T.contiguous()
+    mask = torch.ones(columns, rows, dtype=torch.bool, device=weight.device)
+    if pattern is not None:
+        block_size = max(1, block_size // pattern.m) * pattern.m
+    diagonal = upper.diagonal()
+    pruned = 0
+
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        width = end - start
+        u = upper[start:end, start:end]
+        block = w[start:end]  # [width, rows], a view
+        if keep is not None:
+            mask[start:end] = keep[:, start:end].T
+        elif pattern is None:
+            score = (block / diagonal[start:end, None]).square()
+            if dead is not None:
+                score[dead[start:end]] = 0.0
+            if scope == "row":
+                share = budget(end, sparsity) - budget(start, sparsity)
+                mask[start:end] = keep_largest(score.T, share).T
+            else:
+                share = budget(rows * end, sparsity) - pruned
+                chosen = keep_largest(score.T.reshape(1, -1), share)
+                mask[start:end] = chosen.view(rows, width).T
+                pruned += share
+        error = torch.empty_like(block)
+        # Two levels of blocking: rank-one updates touch _INNER columns only, the rest follows as one product.
+        inner_size = _INNER if pattern is None else max(1, _INNER // pattern.m) * pattern.m
+        for left in range(0, width, inner_size):
+            right = min(left + inner_size, width)
+            for i in range(left, right):
+                if pattern is not None and keep is None and i % pattern.m == 0:
+                    group = slice(start + i, start + i + pattern.m)
+                    score = (w[group] / diagonal[group, None]).square()
+                    if dead is not None:
+                        score[dead[group]] = 0.0
+                    mask[group] = keep_n_of_m(score.T, pattern.n, pattern.m).T
+                torch.div(block[i].masked_fill(mask[start + i], 0.0), u[i, i], out=error[i])
+                if i + 1 < right:
+                    block[i + 1 : right].addr_(u[i, i + 1 : right], error[i], alpha=-1)
+            if right < width:
+                block[right:].addmm_(u[left:right, right:].T, error[left:right], alpha=-1)
+        if end < columns:
+            w[end:].addmm_(upper[start:end, end:].T, error, alpha=-1)
+    kept = mask.T.contiguous()
+    return w.T.masked_fill(~kept, 0.0), kept
+
+
+def joint_least_squares(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
+    """The best weights for a given mask: least squares on the kept inputs of each row.
+
+    Row by row, ŵ_S = w_S + H_SS⁻¹ H_SQ w_Q for kept S and removed Q: the optimum that every other update with
+    the same mask is measured against. O(out · in³): for tests and small layers.
+
+    Args:
+        weight: [out, in]; gram: [in, in], positive definite; keep: bool [out, in]. float64 recommended.
+    """
+    result = torch.zeros_like(weight)
+    for row in range(weight.shape[0]):
+        kept = keep[row]
+        if bool(kept.any()):
+            system = gram[kept][:, kept]
+            result[row, kept] = torch.linalg.solve(system, gram[kept] @ weight[row])
+    return result
+
+
+def quadratic_loss(weight: Tensor, new: Tensor, gram: Tensor) -> Tensor:
+    """tr((Ŵ − W) H (Ŵ − W)ᵀ): the squared error of the layer's output summed over the tokens of H."""
+    difference = new - weight
+    return ((difference @ gram) * difference).sum()

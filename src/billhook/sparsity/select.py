@@ -1,0 +1,112 @@
+"""Exact selection of the smallest scores.
+
+Reference implementations compare with a threshold, which removes more weights than asked where scores tie.
+Here the number removed is exact: ties are resolved in favour of pruning the lower index first, so the result
+equals a stable sort, at the cost of a selection (O(n)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def budget(total: int, sparsity: float) -> int:
+    """Number of weights to remove out of `total`: floor(total · sparsity), immune to binary rounding."""
+    return math.floor(round(total * sparsity, 6))
+
+
+def keep_largest(scores: Tensor, prune: int) -> Tensor:
+    """Mask that drops the `prune` smallest scores of every row, exactly.
+
+    Args:
+        scores: [rows, n], any float dtype, no NaN.
+        prune: number of entries to drop per row, 0 <= prune <= n.
+
+    Returns:
+        bool mask [rows, n], True where kept; equal to dropping the first `prune` indices of a stable sort.
+    """
+    n = scores.shape[1]
+    if prune <= 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if prune >= n:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(prune, dim=1, keepdim=True).values
+    keep = scores > threshold
+    surplus = prune - (n - keep.sum(dim=1, keepdim=True))  # <= 0: entries at the threshold that must stay
+    if bool((surplus < 0).any()):
+        ties = scores == threshold
+        from_the_right = ties.flip(1).cumsum(1).flip(1)
+        keep |= ties & (from_the_right <= -surplus)
+    return keep
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Mask that keeps the `n` largest of every `m` consecutive scores of a row, exactly.
+
+    Args:
+        scores: [rows, columns] with columns divisible by m.
+
+    Returns:
+        bool mask [rows, columns].
+    """
+    rows, columns = scores.shape
+    groups = scores.reshape(rows, columns // m, m)
+    lanes = groups.unbind(dim=-1)
+    keep = torch.empty_like(groups, dtype=torch.bool)
+    for i, lane in enumerate(lanes):
+        # Rank by counting beats sorting for the small m that hardware knows; ties: the lower index goes first.
+        rank = torch.zeros_like(lane, dtype=torch.int16)
+        for j, other in enumerate(lanes):
+            if j != i:
+                rank += (other < lane) if j > i else (other <= lane)
+        keep[..., i] = rank >= m - n
+    return keep.reshape(rows, columns)
+
+
+def global_counts(matrices: Callable[[], Iterable[tuple[str, Tensor]]], prune: int) -> dict[str, int]:
+    """How many entries of each matrix are among the `prune` smallest of all of them together.
+
+    The exact rank is found by two histograms over the bit pattern of float32 (whose order is the order of
+    non-negative floats) and a count, so memory does not grow with the number of weights.
+
+    Args:
+        matrices: called three times; yields (name, non-negative scores) in a fixed order.
+        prune: how many entries to remove in all.
+
+    Returns:
+        name -> count; the counts sum to `prune`. Ties go to the earlier matrix first.
+    """
+    if prune <= 0:
+        return {name: 0 for name, _ in matrices()}
+
+    def bits(scores: Tensor) -> Tensor:
+        # "+ 0.0" turns -0 into +0, whose bit pattern is the smallest
+        return (scores.float() + 0.0).contiguous().view(torch.int32).flatten()
+
+    high = torch.zeros(1 << 16, dtype=torch.int64)
+    for _, scores in matrices():
+        high += torch.bincount(bits(scores) >> 16, minlength=1 << 16).cpu()
+    below = high.cumsum(0)
+    bucket = int(torch.searchsorted(below, torch.tensor(prune)))
+    rest = prune - (int(below[bucket - 1]) if bucket else 0)
+
+    low = torch.zeros(1 << 16, dtype=torch.int64)
+    for _, scores in matrices():
+        b = bits(scores)
+        low += torch.bincount(b[(b >> 16) == bucket] & 0xFFFF, minlength=1 << 16).cpu()
+    below = low.cumsum(0)
+    fine = int(torch.searchsorted(below, torch.tensor(rest)))
+    ties = rest - (int(below[fine - 1]) if fine else 0)
+    threshold = (bucket << 16) | fine
+
+    counts: dict[str, int] = {}
+    for name, scores in matrices():
+        b = bits(scores)
+        taken = min(ties, int((b == threshold).sum()))
+        ties -= taken
+        counts[name] = int((b < threshold).sum()) + taken
+    return counts
