@@ -1,1 +1,51 @@
-"""billhook: prune, slice and merge trained neural networks."""
+"""billhook: prune, slice and merge trained neural networks.
+
+import billhook as bh
+
+model, tokenizer = bh.load("demo")
+batches = bh.calibration("demo", tokenizer, samples=32, length=512)
+report = bh.prune(model, bh.SparseGPT(sparsity=0.5), batches)
+bh.save(model, tokenizer, "out/x", report)
+"""
+
+from billhook.anatomy import MLP, Anatomy, Attention, declare
+from billhook.calibration import ColumnNorm, Gram, Statistic, Walk, calibration, evaluation, walk
+from billhook.errors import BillhookError
+from billhook.export import save
+from billhook.measure import perplexity
+from billhook.methods import RIA, Magnitude, Method, SparseGPT, Wanda, method, methods, register
+from billhook.models.load import load
+from billhook.report.record import Report
+from billhook.run import prune
+from billhook.sparsity.allocations import allocation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "RIA",
+    "Anatomy",
+    "Attention",
+    "BillhookError",
+    "ColumnNorm",
+    "Gram",
+    "Magnitude",
+    "Method",
+    "Report",
+    "SparseGPT",
+    "Statistic",
+    "Walk",
+    "Wanda",
+    "allocation",
+    "calibration",
+    "declare",
+    "evaluation",
+    "load",
+    "method",
+    "methods",
+    "perplexity",
+    "prune",
+    "register",
+    "save",
+    "walk",
+]

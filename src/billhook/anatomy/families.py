@@ -72,7 +72,10 @@ declare(
         model_types=("phi",),
         blocks="model.layers",
         attention=Attention(
-            query="self_attn.q_proj", key="self_attn.k_proj", value="self_attn.v_proj", output="self_attn.dense"
+            query="self_attn.q_proj",
+            key="self_attn.k_proj",
+            value="self_attn.v_proj",
+            output="self_attn.dense",
         ),
         mlp=MLP(inputs=("mlp.fc1",), output="mlp.fc2"),
         embeddings=("model.embed_tokens",),
@@ -128,9 +131,7 @@ declare(
         family="gpt_neox",
         model_types=("gpt_neox",),
         blocks="gpt_neox.layers",
-        attention=Attention(
-            fused="attention.query_key_value", fused_layout="per-head", output="attention.dense"
-        ),
+        attention=Attention(fused="attention.query_key_value", fused_layout="per-head", output="attention.dense"),
         mlp=MLP(inputs=("mlp.dense_h_to_4h",), output="mlp.dense_4h_to_h"),
         embeddings=("gpt_neox.embed_in",),
         norms=_PRE_POST,

@@ -92,9 +92,7 @@ def sites_of(model: nn.Module, anatomy: Anatomy) -> list[list[Site]]:
             [Site(f"{name}.{path}", index, path, block.get_submodule(path)) for path in paths if _has(block, path)]
         )
     if not any(result):
-        raise BillhookError(
-            f"The blocks {anatomy.blocks!r} of {type(model).__name__} hold no linear layer to prune."
-        )
+        raise BillhookError(f"The blocks {anatomy.blocks!r} of {type(model).__name__} hold no linear layer to prune.")
     return result
 
 

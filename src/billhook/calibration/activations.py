@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from billhook.models.files import write_atomically
+from billhook.models.files import byte_view, write_atomically
 
 _DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
@@ -46,8 +46,7 @@ class Activations:
         if self.folder is None:
             self._memory[index] = value
         else:
-            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            write_atomically(self._file(index), [memoryview(raw)])
+            write_atomically(self._file(index), [byte_view(value.detach().cpu().contiguous())])
 
     def seal(self) -> None:
         """Declare the folder whole."""

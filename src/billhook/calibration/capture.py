@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass early."""
 
 
@@ -122,11 +122,9 @@ class Capture:
             for index, batch in enumerate(self.batches):
                 calls: list[Call] = []
                 first: list[Tensor] = []
-                with replaced(self.blocks, lambda i, c=calls, f=first: self._recorder(i, c, f)):  # type: ignore[misc]
-                    try:
-                        feed(self.model, self.anatomy, batch, self.device)
-                    except _Stop:
-                        pass
+                recorders = replaced(self.blocks, lambda i, c=calls, f=first: self._recorder(i, c, f))  # type: ignore[misc]
+                with recorders, suppress(Stop):
+                    feed(self.model, self.anatomy, batch, self.device)
                 if len(calls) != len(self.blocks):
                     names = block_names(self.model, self.anatomy)
                     raise BillhookError(
@@ -146,7 +144,7 @@ class Capture:
                 first.append(hidden)
             calls.append(Call(self._keep(args), self._keep(kwargs)))
             if index == len(self.blocks) - 1:
-                raise _Stop
+                raise Stop
             # what is returned is never used, but has the shape of a hidden state for code that looks at it
             return first[0]
 

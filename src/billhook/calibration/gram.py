@@ -77,7 +77,7 @@ def inverse_cholesky(gram: Tensor, damping: float = 0.01) -> Tensor:
         lower, info = torch.linalg.cholesky_ex(damped(gram, strength).flip(0, 1))
         if int(info) == 0:
             eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+            upper: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
             if torch.isfinite(upper).all():
                 return upper.contiguous()
         if strength >= 1:

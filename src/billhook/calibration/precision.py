@@ -7,8 +7,8 @@ bfloat16 where the hardware is much faster at it; residual streams, statistics a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import ContextManager, Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
 
 import torch
 
@@ -23,7 +23,7 @@ def resolve(precision: Precision, device: torch.device, dtype: torch.dtype) -> L
     return precision
 
 
-def forward_precision(precision: str, device: torch.device) -> ContextManager[object]:
+def forward_precision(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Context for forward passes."""
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)

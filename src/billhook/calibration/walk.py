@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy, Site, anatomy_of, block_names, find_blocks, sites_of
 from billhook.anatomy.sites import stages_of
-from billhook.calibration import distributed, precision
+from billhook.calibration import distributed
 from billhook.calibration.activations import Activations
-from billhook.calibration.capture import Batch, Capture, _Stop, inference, surroundings
+from billhook.calibration.capture import Batch, Capture, Stop, inference, surroundings
 from billhook.calibration.journal import Journal, block_tensors
+from billhook.calibration.precision import Precision, forward_precision, resolve, statistics_precision
 from billhook.calibration.statistics import Statistic
 from billhook.errors import BillhookError
-from billhook.models.source import Streamed, source_of
+from billhook.models.source import Streamed, dtype_of, source_of
 from billhook.progress import bar
 from billhook.report.record import BlockRecord, SiteRecord
 from billhook.system import peak_memory, resident_memory
@@ -122,7 +123,7 @@ class Block:
                 if leader is site:
                     if site not in statistics:
                         statistics[site] = statistic(tokens.shape[1], tokens.device)
-                    with precision.statistics_precision(self._walk.precision, tokens.device):
+                    with statistics_precision(self._walk.precision, tokens.device):
                         statistics[site].update(tokens)
                 elif site not in statistics:
                     statistics[site] = statistics[leader]
@@ -131,7 +132,7 @@ class Block:
                 self._probe(site, tokens)
                 missing.discard(site)
                 if not missing and not whole_pass:
-                    raise _Stop
+                    raise Stop
 
             return hook
 
@@ -139,7 +140,7 @@ class Block:
             handles.append(site.module.register_forward_pre_hook(listen(site)))
         try:
             yield
-        except _Stop:
+        except Stop:
             pass
         finally:
             for handle in handles:
@@ -225,7 +226,7 @@ class Walk:
         *,
         anatomy: Anatomy | None = None,
         device: torch.device | str | None = None,
-        precision: precision.Precision = "auto",
+        precision: Precision = "auto",
         needs: Needs = "calibration",
         journal: Journal | None = None,
         max_memory: int | None = None,
@@ -249,8 +250,8 @@ class Walk:
         first = next(p for block in self.blocks for p in block.parameters())
         default = "cpu" if first.device.type == "meta" else first.device
         self.device = torch.device(device if device is not None else default)
-        self.dtype = self.source.dtype if isinstance(self.source, Streamed) else first.dtype
-        self.precision = _precision(precision, self.device, self.dtype)
+        self.dtype = dtype_of(model)
+        self.precision = resolve(precision, self.device, self.dtype)
 
         if len(batches) == 0 and needs != "nothing":
             raise BillhookError("Calibration batches are needed but none were given.")
@@ -286,7 +287,7 @@ class Walk:
     def forward(self, block: Block, batch: int) -> Tensor:
         """The block's output for one batch of its present inputs."""
         call = self._capture.calls[batch][block.index]
-        with inference(self.model), precision.forward_precision(self.precision, self.device):
+        with inference(self.model), forward_precision(self.precision, self.device):
             output = block.module(self.inputs[batch], *call.args, **call.kwargs)
         self._as_tuple = isinstance(output, tuple)
         hidden = output[0] if isinstance(output, tuple) else output
@@ -314,9 +315,7 @@ class Walk:
                         block.observe()
                     started, inside = time.perf_counter(), sum(block.seconds.values())
                     yield block
-                    block.seconds["solve"] = (
-                        time.perf_counter() - started - (sum(block.seconds.values()) - inside)
-                    )
+                    block.seconds["solve"] = time.perf_counter() - started - (sum(block.seconds.values()) - inside)
                     if self.needs != "forward":
                         distributed.from_main_([site.weight for site in block.sites])
                     error = self._propagate(block)
@@ -330,7 +329,7 @@ class Walk:
         """Fill `inputs` for the first block that must be passed; returns that block's index."""
         rank, world = distributed.rank(), distributed.world()
         self._capture = Capture(self.model, self.anatomy, self.source, self.device, self.batches)
-        if not self.batches:
+        if not self.batches or done == len(self.blocks):
             return done
         saved = self.journal.latest_inputs(done, rank, world) if self.journal else None
         start = distributed.agree_min(saved[0] if saved else 0)
@@ -446,8 +445,7 @@ class Walk:
         try:
             with surroundings(self.model, self.anatomy, self.source, self.device):
                 yield (
-                    self._capture.finish(index, self.inputs[index], self._as_tuple)
-                    for index in range(len(self.inputs))
+                    self._capture.finish(index, self.inputs[index], self._as_tuple) for index in range(len(self.inputs))
                 )
         finally:
             self.close()
@@ -493,10 +491,6 @@ class Walk:
 def walk(model: nn.Module, batches: Sequence[Batch] = (), **options: Any) -> Walk:
     """Walk the blocks of `model` in order; options as in `Walk`."""
     return Walk(model, batches, **options)
-
-
-def _precision(wish: precision.Precision, device: torch.device, dtype: torch.dtype) -> str:
-    return precision.resolve(wish, device, dtype)
 
 
 def _tokens(batch: Batch, anatomy: Anatomy) -> int:

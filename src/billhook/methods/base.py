@@ -154,5 +154,3 @@ def _sentence(error: ValidationError, cls: type[Method]) -> str:
     if not option:
         return f"Method {label}: {message}."
     return f"Method {label}: {option}={first['input']!r} is not possible: {message[0].lower()}{message[1:]}."
-
-

@@ -29,7 +29,8 @@ class Magnitude(SparseMethod):
     )
 
     scope: Literal["row", "layer", "global"] = Field(  # type: ignore[assignment]
-        "layer", description="Weights compete within an output row, a matrix (layer) or all matrices (global)."
+        "layer",
+        description="Weights compete within an output row, a matrix (layer) or all matrices (global).",
     )
 
     @model_validator(mode="after")

@@ -30,7 +30,8 @@ class SparseGPT(SparseMethod):
     )
 
     scope: Scope = Field(
-        "layer", description="Weights compete within 128 columns over all rows (layer) or within each row of them (row)."
+        "layer",
+        description="Weights compete within 128 columns over all rows (layer) or within each row of them (row).",
     )
     damping: float = Field(0.01, gt=0, le=1, description="Share of the mean diagonal added to the Gram matrix.")
     block_size: int = Field(128, ge=1, description="Columns whose mask is chosen at once.")

@@ -58,7 +58,7 @@ class Stored:
         tensor = torch.empty(self.shape, dtype=self.dtype)
         with self.file.open("rb") as file:
             file.seek(self.begin)
-            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+            view = byte_view(tensor) if tensor.numel() else memoryview(b"")
             if tensor.numel() and file.readinto(view) != self.nbytes:
                 raise BillhookError(f"{self.file} is truncated at tensor {self.key!r}: fetch the file again.")
         return tensor
@@ -195,7 +195,13 @@ def write_atomically(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
         raise
 
 
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in CPU memory, without a copy."""
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:
     if tensor.numel():
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        yield memoryview(flat.numpy()).cast("B")
+        flat = tensor.detach().cpu().contiguous()
+        yield byte_view(flat)

@@ -75,7 +75,11 @@ def _from_hub(name: str) -> Path:
 
 
 def load(
-    name: str | Path, *, dtype: torch.dtype | None = None, stream: bool = False, device: str | torch.device = "cpu"
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    stream: bool = False,
+    device: str | torch.device = "cpu",
 ) -> tuple[nn.Module, Any]:
     """Open a model and its tokenizer.
 
@@ -140,7 +144,9 @@ def _skeleton(folder: Path) -> nn.Module:
                 cls._from_config(config) if cls else transformers.AutoModelForCausalLM.from_config(config)
             )
     except (ValueError, TypeError, AttributeError) as error:
-        raise BillhookError(f"{folder / 'config.json'} does not describe a usable model: {_first_line(error)}") from None
+        raise BillhookError(
+            f"{folder / 'config.json'} does not describe a usable model: {_first_line(error)}"
+        ) from None
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model

@@ -79,7 +79,11 @@ class Streamed:
     streams = True
 
     def __init__(
-        self, refs: Mapping[str, Stored | Packed], keys: Mapping[str, str], checkpoint: Checkpoint, dtype: torch.dtype
+        self,
+        refs: Mapping[str, Stored | Packed],
+        keys: Mapping[str, str],
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
     ) -> None:
         self.refs = dict(refs)
         self.keys = dict(keys)
@@ -135,6 +139,12 @@ def attach(model: nn.Module, source: Source) -> None:
 def source_of(model: nn.Module) -> Source:
     """The attached source; `Resident` for a model that is simply in memory."""
     return _SOURCES.get(model) or Resident()
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's weights, in memory or streamed."""
+    source = _SOURCES.get(model)
+    return source.dtype if isinstance(source, Streamed) else next(model.parameters()).dtype
 
 
 def match_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:

@@ -42,7 +42,9 @@ def allocate(name: str, walk: Walk, sparsity: float) -> dict[str, float]:
         BillhookError: no such allocation.
     """
     if name not in _ALLOCATIONS:
-        raise BillhookError(f"No allocation {name!r}{nearest(name, _ALLOCATIONS)}: there are {', '.join(allocations())}.")
+        raise BillhookError(
+            f"No allocation {name!r}{nearest(name, _ALLOCATIONS)}: there are {', '.join(allocations())}."
+        )
     return _ALLOCATIONS[name](walk, sparsity)
 
 

@@ -1,0 +1,477 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+
+from billhook.errors import BillhookError, nearest
+from billhook.methods import methods
+from billhook.recipe import Job
+
+app = typer.Typer(
+    name="billhook",
+    help="Make trained neural networks smaller and faster; what comes out is a plain model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+
+# -- options that commands share --------------------------------------------------------------------------
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, local Hugging Face folder, GGUF file, or 'demo'.")
+]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite --out, discard an unfinished run.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, logs on stderr.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no messages.")]
+DataOption = Annotated[
+    str, typer.Option("--data", help="Text: demo, wikitext2, c4 or text:PATH (txt, jsonl, parquet, .gz).")
+]
+SamplesOption = Annotated[int, typer.Option("--samples", help="Calibration sequences (papers: 128).")]
+LengthOption = Annotated[int, typer.Option("--length", help="Tokens per calibration sequence (papers: 2048).")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the calibration sample and all else random.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="Weights: auto (the model's), float32, bfloat16, float16.")]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="Matrix products of calibration passes: auto, highest, bf16.")
+]
+MemoryOption = Annotated[
+    str | None, typer.Option("--max-memory", help="Resident memory to stay under, for example 2GB.")
+]
+StorageOption = Annotated[str, typer.Option("--storage", help="dense, or compressed (bitmask + values).")]
+EvalOption = Annotated[bool, typer.Option("--eval/--no-eval", help="Measure perplexity before and after.")]
+EvalDataOption = Annotated[
+    str | None, typer.Option("--eval-data", help="Text for perplexity; default: the held-out part of --data.")
+]
+EvalLengthOption = Annotated[
+    int | None, typer.Option("--eval-length", help="Tokens per evaluation window; default 1024.")
+]
+EvalWindowsOption = Annotated[int, typer.Option("--eval-windows", help="Evaluation windows; 0 for all.")]
+
+
+_DATA: str = Job.model_fields["data"].default
+_SAMPLES: int = Job.model_fields["samples"].default
+_LENGTH: int = Job.model_fields["length"].default
+
+
+# -- method options, derived from the methods' own declarations -------------------------------------------
+
+
+def _method_parameters() -> list[inspect.Parameter]:
+    """One option per hyperparameter name over all methods."""
+    declared: dict[str, tuple[FieldInfo, list[str], type[Any]]] = {}
+    for name, cls in methods().items():
+        for option, field in cls.model_fields.items():
+            declared.setdefault(option, (field, [], cls))[1].append(name)
+    parameters = []
+    for option, (field, owners, _) in declared.items():
+        every = len(owners) == len(methods())
+        kind = _plain_type(field.annotation)
+        flag = f"--{option.replace('_', '-')}"
+        text = (field.description or "") + ("" if every else f" [{', '.join(owners)}]")
+        annotation = Annotated[kind | None, typer.Option(flag, help=text, rich_help_panel="Method options")]  # type: ignore[valid-type]
+        parameters.append(
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    return parameters
+
+
+def _plain_type(annotation: Any) -> type[Any]:
+    """The type that an option's text is parsed to; the method checks the rest."""
+    for kind in (bool, int, float):
+        if annotation is kind or kind in typing.get_args(annotation):
+            return kind
+    return str
+
+
+def _with_method_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes **options the options of all methods."""
+    signature = inspect.signature(command, eval_str=True)
+    fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    fixed = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in fixed]
+
+    def wrapper(**arguments: Any) -> None:
+        command(**arguments)
+
+    wrapper.__name__ = command.__name__
+    wrapper.__doc__ = command.__doc__
+    wrapper.__signature__ = signature.replace(parameters=[*fixed, *_method_parameters()])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in wrapper.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    return wrapper
+
+
+# -- commands ---------------------------------------------------------------------------------------------
+
+
+@app.command()
+@_with_method_options
+def prune(
+    model: ModelArgument,
+    method: Annotated[str, typer.Option("--method", "-m", help="See 'billhook methods'.")],
+    out: OutOption,
+    data: DataOption = _DATA,
+    samples: SamplesOption = _SAMPLES,
+    length: LengthOption = _LENGTH,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    precision: PrecisionOption = "auto",
+    max_memory: MemoryOption = None,
+    storage: StorageOption = "dense",
+    evaluate: EvalOption = True,
+    eval_data: EvalDataOption = None,
+    eval_length: EvalLengthOption = None,
+    eval_windows: EvalWindowsOption = 40,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    **options: Any,
+) -> None:
+    """Prune a model and write a plain Hugging Face folder with a report.
+
+    Killed? Run the same command again: it goes on after the last finished block.
+
+    Examples:
+
+      billhook prune demo --method sparsegpt --sparsity 0.5 --out out/demo
+
+      billhook prune HuggingFaceTB/SmolLM2-135M --method wanda --pattern 2:4 --out out/w24
+
+      billhook prune ./my-llama --method sparsegpt --sparsity 0.6 --data text:corpus.jsonl --samples 128 --out out/x
+    """
+    _start(quiet, as_json, device)
+    step = {"method": method, **{key: value for key, value in options.items() if value is not None}}
+    _run(
+        {
+            "model": model,
+            "out": out,
+            "steps": [step],
+            "data": data,
+            "samples": samples,
+            "length": length,
+            "seed": seed,
+            "device": device,
+            "dtype": dtype,
+            "precision": precision,
+            "max_memory": max_memory,
+            "storage": storage,
+            "eval": evaluate,
+            "eval_data": eval_data,
+            "eval_length": eval_length,
+            "eval_windows": eval_windows or None,
+        },
+        force,
+        as_json,
+        quiet,
+    )
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Instead of the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Instead of the recipe's.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Instead of the recipe's.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Instead of the recipe's.")] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a recipe: several steps, each a method with its options.
+
+    Example recipe:
+
+      model: demo
+      out: out/two-steps
+      steps:
+        - method: wanda
+          sparsity: 0.3
+        - method: sparsegpt
+          sparsity: 0.6
+
+    Example: billhook run recipe.yaml
+    """
+    from billhook.recipe import read_recipe
+
+    job = read_recipe(recipe, out=out, seed=seed, device=device, dtype=dtype)
+    _start(quiet, as_json, job.device)
+    _run(job, force, as_json, quiet)
+
+
+@app.command(name="eval")
+def eval_(
+    model: ModelArgument,
+    data: DataOption = _DATA,
+    length: Annotated[int | None, typer.Option("--length", help="Tokens per window; default 1024.")] = None,
+    windows: Annotated[int, typer.Option("--windows", help="Windows from the start of the text; 0 for all.")] = 40,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    max_memory: MemoryOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure perplexity: non-overlapping windows of held-out text, mean token loss, exponentiated.
+
+    The papers' protocol is --data wikitext2 --length 2048 --windows 0.
+
+    Examples:
+
+      billhook eval out/demo
+
+      billhook eval demo --data wikitext2 --length 2048 --windows 0 --json
+    """
+    _start(quiet, as_json, device)
+    from billhook.run import evaluate_model
+
+    result = evaluate_model(
+        model, data, length=length, windows=windows or None, device=device, dtype=dtype, max_memory=max_memory
+    )
+    if as_json:
+        _print_json({"model": model, **result.model_dump()})
+    elif not quiet:
+        _out.print(
+            f"[bold]perplexity {result.perplexity:.4f}[/]  {model}, {result.data}: {result.windows} windows of "
+            f"{result.length} tokens, {result.dtype}, {result.seconds:.0f} s"
+        )
+    else:
+        _out.print(f"{result.perplexity:.6f}")
+
+
+@app.command()
+def compare(
+    model: ModelArgument,
+    method_names: Annotated[str, typer.Option("--methods", help="Names, comma-separated.")],
+    out: OutOption,
+    sparsity: Annotated[str, typer.Option("--sparsity", help="Sparsities, comma-separated.")] = "",
+    pattern: Annotated[str, typer.Option("--pattern", help="N:M patterns, comma-separated.")] = "",
+    data: DataOption = _DATA,
+    samples: SamplesOption = _SAMPLES,
+    length: LengthOption = _LENGTH,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    precision: PrecisionOption = "auto",
+    max_memory: MemoryOption = None,
+    eval_data: EvalDataOption = None,
+    eval_length: EvalLengthOption = None,
+    eval_windows: EvalWindowsOption = 40,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare methods on one model, data and protocol: one table, one plot, CSV and HTML.
+
+    Killed? Run the same command again: finished cells are kept.
+
+    Example: billhook compare demo --methods magnitude,wanda,sparsegpt --sparsity 0.5,0.6 --pattern 2:4 --out out/table
+    """
+    _start(quiet, as_json, device)
+    from billhook.compare import compare as run_comparison
+    from billhook.recipe import job
+    from billhook.report.table import to_markdown
+
+    names = _list(method_names)
+    targets = _list(sparsity) + _list(pattern)
+    if not names or not targets:
+        raise BillhookError("Nothing to compare: give --methods and --sparsity or --pattern, comma-separated.")
+    settings = job(
+        model=model,
+        out=out,
+        steps=[{"method": name} for name in names],
+        data=data,
+        samples=samples,
+        length=length,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        precision=precision,
+        max_memory=max_memory,
+        eval_data=eval_data,
+        eval_length=eval_length,
+        eval_windows=eval_windows or None,
+    )
+    result, already = run_comparison(settings, names, targets, force=force)
+    if not _is_main():
+        return
+    if as_json:
+        _print_json({"out": str(out), **json.loads(result.model_dump_json())})
+    elif not quiet:
+        _out.print(to_markdown(result), markup=False, soft_wrap=True)
+        _out.print(("Already there: " if already else "Written: ") + str(out / "index.html"))
+
+
+@app.command(name="methods")
+def list_methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show one method's card.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the methods, or show one's card: paper, hyperparameters with ranges, needs, when to use it.
+
+    Example: billhook methods wanda
+    """
+    from billhook.methods.card import card, describe
+
+    known = methods()
+    if name is not None and name not in known:
+        raise BillhookError(f"No method {name!r}{nearest(name, known)}: there are {', '.join(known)}.")
+    if as_json:
+        _print_json(describe(known[name]) if name else {"methods": [describe(cls) for cls in known.values()]})
+    elif name:
+        from rich.markdown import Markdown
+
+        _out.print(Markdown(card(known[name])))
+    else:
+        table = Table("method", "what it does", "needs", box=None, padding=(0, 2, 0, 0))
+        for key, cls in known.items():
+            table.add_row(f"[bold]{key}[/]", cls.summary, cls.needs)
+        _out.print(table)
+
+
+@app.command(name="inspect")
+def inspect_(
+    model: ModelArgument,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a model is made of: blocks, sites, groups, parameters, and what billhook can do with it.
+
+    Example: billhook inspect demo
+    """
+    from billhook.describe import describe_model
+
+    facts = describe_model(model)
+    if as_json:
+        _print_json(facts)
+        return
+    _out.print(f"[bold]{facts['model']}[/]: {facts['architecture']}, family {facts['family']}")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key in ("blocks", "parameters", "prunable", "dtype", "bytes", "groups"):
+        value = facts[key]
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        table.add_row(key, f"{text:,}" if isinstance(text, int) else str(text))
+    _out.print(table)
+    sites = Table("site (per block)", "out × in", "2:4", "4:8", box=None, padding=(0, 2, 0, 0))
+    for site in facts["sites"]:
+        marks = ["yes" if p in site["patterns"] else "no" for p in ("2:4", "4:8")]
+        sites.add_row(site["projection"], " × ".join(map(str, site["shape"])), *marks)
+    _out.print(sites)
+    _out.print(f"methods: {', '.join(facts['methods'])}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that billhook wrote.")],
+    format_: Annotated[Literal["hf"], typer.Option("--format", help="hf: plain dense safetensors.")] = "hf",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default DIR-hf.")] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a folder in compressed storage back into a plain Hugging Face folder.
+
+    Example: billhook export out/w24 --format hf
+    """
+    from billhook.run import export_plain
+
+    target = out or folder.with_name(folder.name + "-hf")
+    export_plain(folder, target, force=force)
+    if as_json:
+        _print_json({"out": str(target), "format": format_})
+    else:
+        _out.print(f"Written: {target}")
+
+
+# -- helpers ----------------------------------------------------------------------------------------------
+
+
+def _run(values: dict[str, Any] | Job, force: bool, as_json: bool, quiet: bool) -> None:
+    from billhook.recipe import job
+    from billhook.report.text import summary
+    from billhook.run import execute
+
+    settings = values if isinstance(values, Job) else job(**values)
+    report, already = execute(settings, force=force)
+    if not _is_main():
+        return
+    if as_json:
+        _print_json({"out": str(settings.out), **json.loads(report.model_dump_json())})
+    elif not quiet:
+        _out.print(summary(report))
+        _out.print(("Already there: " if already else "Written: ") + str(settings.out))
+        _out.print(f"Report:  {settings.out / 'report.html'}")
+
+
+def _start(quiet: bool, as_json: bool, device: str) -> None:
+    """Logging, progress and processes, before any work."""
+    from billhook import progress
+    from billhook.calibration import distributed
+    from billhook.system import parse_device
+
+    distributed.start(parse_device(device))
+    visible = not quiet and _is_main()
+    progress.enable(visible and (sys.stderr.isatty() or not as_json))
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.getLogger("billhook").setLevel(logging.INFO if visible else logging.ERROR)
+    _hush_transformers()
+
+
+def _hush_transformers() -> None:
+    """Its warnings are about its own users' code, not about what the user of this command can change."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def main() -> None:
+    """Entry point of the console script: a user's mistake is one sentence and exit code 2."""
+    from billhook.calibration import distributed
+
+    try:
+        app()
+    except BillhookError as error:
+        _err.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _err.print("Interrupted: run the same command again to go on.", highlight=False)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    finally:
+        distributed.stop()
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,174 @@
+"""Recipes: a run described as data, in YAML or by the options of a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from billhook.errors import BillhookError, nearest
+from billhook.methods import Method, method
+
+
+class Job(BaseModel):
+    """One run: a model, calibration data, and steps to take in order.
+
+    Fields that are not given have the defaults of the command line.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    model: str = Field(description="hub id, local Hugging Face folder, GGUF file, or demo")
+    out: Path = Field(description="folder to write")
+    steps: list[dict[str, Any]] = Field(min_length=1, description="methods with their options, in order")
+    data: str = Field("demo", description="calibration text: demo, wikitext2, c4 or text:PATH")
+    samples: int = Field(32, ge=1, description="calibration sequences")
+    length: int = Field(512, ge=2, description="tokens per calibration sequence")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    dtype: str = Field("auto", description="weight dtype: auto (the model's own), float32, bfloat16 or float16")
+    precision: Literal["auto", "highest", "bf16"] = Field("auto", description="matrix products of calibration passes")
+    max_memory: str | None = Field(None, description="resident memory to stay under, for example 2GB")
+    storage: Literal["dense", "compressed"] = Field("dense", description="dense safetensors, or bitmask + values")
+    eval: bool = Field(True, description="measure perplexity before and after")
+    eval_data: str | None = Field(None, description="text to measure perplexity on; the held-out part of data")
+    eval_length: int | None = Field(None, ge=2, description="tokens per evaluation window; 1024 or the model's limit")
+    eval_windows: int | None = Field(40, ge=1, description="evaluation windows; null for all")
+
+    def methods(self) -> list[Method]:
+        """The steps as methods.
+
+        Raises:
+            BillhookError: an unknown method or option, or a value out of range; names the step.
+        """
+        result = []
+        for number, step in enumerate(self.steps, start=1):
+            options = dict(step)
+            name = options.pop("method", None)
+            if not isinstance(name, str):
+                raise BillhookError(f"Step {number} of the recipe names no method: write 'method: wanda', for example.")
+            result.append(method(name, **{str(key): value for key, value in options.items()}))
+        return result
+
+
+def job(**values: Any) -> Job:
+    """A validated job.
+
+    Raises:
+        BillhookError: one sentence on the first thing that is wrong.
+    """
+    try:
+        return Job(**values)
+    except ValidationError as error:
+        raise BillhookError(_sentence(error)) from None
+
+
+def read_recipe(path: Path, **overrides: Any) -> Job:
+    """Read a YAML recipe; `overrides` that are not None replace its values.
+
+    Raises:
+        BillhookError: unreadable file, bad YAML, a wrong key (with its line and the keys that are allowed), a value
+            out of range.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BillhookError(f"There is no recipe {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BillhookError(f"The recipe {path} cannot be read as UTF-8 text: {error}.") from None
+    return parse_recipe(text, str(path), **overrides)
+
+
+def parse_recipe(text: str, name: str = "recipe", **overrides: Any) -> Job:
+    """Like `read_recipe`, from a string."""
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}, line {mark.line + 1}" if mark else name
+        raise BillhookError(f"{where}: this is not YAML ({getattr(error, 'problem', None) or error}).") from None
+    if not isinstance(values, dict) or not isinstance(tree, yaml.MappingNode):
+        raise BillhookError(f"{name}: a recipe is a mapping with the keys {', '.join(Job.model_fields)}.")
+    allowed = list(Job.model_fields)
+    for key, _ in tree.value:
+        if key.value not in allowed:
+            raise BillhookError(
+                f"{name}, line {key.start_mark.line + 1}: key {key.value!r} is not known"
+                f"{nearest(str(key.value), allowed)}; allowed are {', '.join(allowed)}."
+            )
+    _check_steps(tree, name)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    try:
+        result = Job(**{**values, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        line = _line(tree, first["loc"])
+        raise BillhookError(f"{name}{f', line {line}' if line else ''}: {_sentence(error)}") from None
+    try:
+        result.methods()
+    except BillhookError as error:
+        raise BillhookError(f"{name}: {error}") from None
+    return result
+
+
+def _check_steps(tree: yaml.MappingNode, name: str) -> None:
+    """Wrong keys inside steps, with their line."""
+    from billhook.methods import methods
+
+    for key, node in tree.value:
+        if key.value != "steps" or not isinstance(node, yaml.SequenceNode):
+            continue
+        for step in node.value:
+            if not isinstance(step, yaml.MappingNode):
+                raise BillhookError(
+                    f"{name}, line {step.start_mark.line + 1}: a step is a mapping such as 'method: wanda' with "
+                    "its options below."
+                )
+            chosen = next((v.value for k, v in step.value if k.value == "method"), None)
+            known = methods()
+            if chosen in known:
+                allowed = ["method", *known[chosen].model_fields]
+                for option, _ in step.value:
+                    if option.value not in allowed:
+                        raise BillhookError(
+                            f"{name}, line {option.start_mark.line + 1}: method {chosen} has no option "
+                            f"{option.value!r}{nearest(str(option.value), allowed)}; allowed are {', '.join(allowed)}."
+                        )
+            elif chosen is not None:
+                raise BillhookError(
+                    f"{name}, line {step.start_mark.line + 1}: there is no method {chosen!r}"
+                    f"{nearest(str(chosen), known)}; there are {', '.join(known)}."
+                )
+
+
+def _line(tree: yaml.MappingNode, path: tuple[int | str, ...]) -> int | None:
+    """The line of the value at `path`, as far as the path can be followed."""
+    node: yaml.Node = tree
+    line: int | None = None
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == part), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    option = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{option} is missing: {Job.model_fields[option].description}."
+    if first["type"] == "extra_forbidden":
+        known = list(Job.model_fields)
+        return f"{option!r} is not known{nearest(option, known)}; allowed are {', '.join(known)}."
+    message = str(first["msg"])
+    return f"{option}={first['input']!r} is not possible: {message[0].lower()}{message[1:]}."
