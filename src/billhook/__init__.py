@@ -15,7 +15,7 @@ from billhook.export import save
 from billhook.measure import perplexity
 from billhook.methods import RIA, Magnitude, Method, SparseGPT, Wanda, method, methods, register
 from billhook.models.load import load
-from billhook.report.record import Report
+from billhook.record import Report
 from billhook.run import prune
 from billhook.sparsity.allocations import allocation
 

@@ -31,7 +31,7 @@ from billhook.models.files import DiskFull, write_atomically
 from billhook.models.load import load
 from billhook.models.source import Streamed, dtype_of, source_of
 from billhook.recipe import Job
-from billhook.report.record import FILE, Calibration, Evaluation, Report, Size, StepRecord
+from billhook.record import FILE, Calibration, Evaluation, Report, Size, StepRecord
 from billhook.system import machine, parse_bytes, parse_device, parse_dtype, peak_memory, versions
 
 log = logging.getLogger("billhook")

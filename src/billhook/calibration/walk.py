@@ -34,7 +34,7 @@ from billhook.calibration.statistics import Statistic
 from billhook.errors import BillhookError
 from billhook.models.source import Streamed, dtype_of, source_of
 from billhook.progress import bar
-from billhook.report.record import BlockRecord, SiteRecord
+from billhook.record import BlockRecord, SiteRecord
 from billhook.system import peak_memory, resident_memory
 
 R = TypeVar("R")
@@ -77,11 +77,16 @@ class Block:
         Raises:
             BillhookError: an input is not finite; names block and site.
         """
+        if self._walk.current is not self:
+            raise BillhookError(
+                f"The walk is not at block {self.index} any more: collect inside the loop over the walk."
+            )
         wanted = list(self.sites if sites is None else sites)
         statistics: dict[Site, Statistic[R]] = {}
         device = self._walk.device
         with self._timed("collect"):
             for batch in range(len(self._walk.inputs)):
+                output: Tensor | None = None  # stays so where the pass ends early
                 with self._listening(wanted, statistic, statistics, batch):
                     output = self._walk.forward(self, batch)
                 if output is not None and batch == 0 and self._dense_output is None:
@@ -246,6 +251,7 @@ class Walk:
         self.block_records: list[BlockRecord] = []
         self.site_records: list[SiteRecord] = []
         self.resumed_at = 0
+        self.current: Block | None = None
 
         first = next(p for block in self.blocks for p in block.parameters())
         default = "cpu" if first.device.type == "meta" else first.device
@@ -314,7 +320,9 @@ class Walk:
                     if self.needs == "nothing" and self.batches:
                         block.observe()
                     started, inside = time.perf_counter(), sum(block.seconds.values())
+                    self.current = block
                     yield block
+                    self.current = None
                     block.seconds["solve"] = time.perf_counter() - started - (sum(block.seconds.values()) - inside)
                     if self.needs != "forward":
                         distributed.from_main_([site.weight for site in block.sites])
@@ -322,6 +330,7 @@ class Walk:
                     last_snapshot = self._finish(block, error, last_snapshot)
                     step(f"{self.names[index]}" + (f"  error {error:.3g}" if error is not None else ""))
         finally:
+            self.current = None
             if self.needs != "forward":
                 self.close()
 

@@ -15,9 +15,9 @@ from billhook.export.compressed import compress
 from billhook.models.checkpoint import Packed
 from billhook.models.files import Entry, Stored, write, write_atomically
 from billhook.models.source import Streamed, source_of
+from billhook.record import FILE, Report
 from billhook.report.card import model_card
 from billhook.report.html import page
-from billhook.report.record import FILE, Report
 
 _SINGLE_FILE_LIMIT = 5_000_000_000
 _COMPANIONS = (".json", ".model", ".txt", ".jinja", ".tiktoken")

@@ -21,7 +21,7 @@ from billhook.calibration.capture import feed, inference
 from billhook.calibration.walk import Walk
 from billhook.models.source import source_of
 from billhook.progress import Bar, bar
-from billhook.report.record import Evaluation
+from billhook.record import Evaluation
 
 _TOKENS_AT_ONCE = 2048
 

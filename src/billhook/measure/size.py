@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from billhook.models.checkpoint import Checkpoint
-from billhook.report.record import Size
+from billhook.record import Size
 
 
 def folder_size(folder: Path) -> Size:

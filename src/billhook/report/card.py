@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from billhook.report.record import Report
+from billhook.record import Report
 from billhook.report.text import (
     KEPT_WORDS,
     before_after,
@@ -23,6 +23,9 @@ from billhook.report.text import (
 )
 
 _HUB_ID = re.compile(r"(?=.{3,96}$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+# Families whose classes are not those of language models.
+_CLASSES = dict.fromkeys(("vit", "deit"), ("AutoModelForImageClassification", "AutoImageProcessor"))
 
 
 def model_card(report: Report, folder_name: str) -> str:
@@ -75,16 +78,17 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 def _loading(report: Report, folder_name: str) -> str:
     name = json.dumps(folder_name, ensure_ascii=False)
     if report.storage == "compressed":
-        load = f"import billhook as bh\n\nmodel = bh.load({name})"
+        load = f"import billhook as bh\n\nmodel, tokenizer = bh.load({name})"
         export = f"billhook export {shlex.quote(folder_name)} --format hf"
         return (
             f"The weights are stored compressed, and billhook unpacks them:\n\n{code_block(load, 'python')}"
             f"\n\nIt also turns the folder into a plain one:\n\n{code_block(export, 'sh')}"
         )
+    classes = _CLASSES.get(report.family, ("AutoModelForCausalLM", "AutoTokenizer"))
     load = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({name})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({name})"
+        f"from transformers import {', '.join(classes)}\n\n"
+        f"model = {classes[0]}.from_pretrained({name})\n"
+        f"{'tokenizer' if classes[1] == 'AutoTokenizer' else 'processor'} = {classes[1]}.from_pretrained({name})"
     )
     return f"Plain Transformers loads it, without billhook:\n\n{code_block(load, 'python')}"
 
@@ -107,7 +111,7 @@ def _making(report: Report) -> list[str]:
         words += f"; calibration on {calibration_text(report.calibration)}"
     parts = ["## How it was made", plain(f"{words}.")]
     if report.recipe:
-        parts.append(code_block(recipe_yaml(report), "yaml"))
+        parts += ["The same again, with `billhook run recipe.yaml`:", code_block(recipe_yaml(report), "yaml")]
     return parts
 
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from billhook.report.record import Report, SiteRecord, StepRecord
+from billhook.record import Report, SiteRecord, StepRecord
 from billhook.report.text import (
     BLOCK_ERROR_WORDS,
     ERROR_WORDS,
     KEPT_WORDS,
     MISSING,
-    Row,
     before_after,
     bytes_text,
     count_text,
+    data_text,
     error_text,
     final_sites,
     headline,
@@ -52,9 +52,9 @@ SERIES_DARK = ("#7d8a84", "#6aa9dd", "#4cb58a", "#e8b656", "#c48bba", "#e58261",
 
 _STYLE = """
 :root{color-scheme:light dark;--paper:#fdfdfb;--ink:#1b2220;--soft:#56615b;--line:#dde2de;--wash:#f3f5f1;
---accent:#1b6a4d;--none:#e9ebe8;%(light)s}
+--accent:#1b6a4d;--none:#b4bab6;%(light)s}
 @media screen and (prefers-color-scheme:dark){:root{--paper:#131716;--ink:#e5eae7;--soft:#9ba9a2;
---line:#2b3431;--wash:#1a201e;--accent:#7fd1aa;--none:#252c29;%(dark)s}}
+--line:#2b3431;--wash:#1a201e;--accent:#7fd1aa;--none:#59625e;%(dark)s}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%%;text-size-adjust:100%%}
 body{margin:0;background:var(--paper);color:var(--ink);
@@ -107,7 +107,8 @@ font-size:12px;line-height:22px}
 .labels [style]{position:absolute;right:0;height:auto;line-height:12px;margin-top:-6px;
 font-variant-numeric:tabular-nums}
 .labels .axis{margin-top:5px}
-svg{display:block;font:12px/1 -apple-system,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",Arial,sans-serif;
+svg{display:block;overflow:visible;
+font:12px/1 -apple-system,"Segoe UI",Roboto,"Noto Sans","Liberation Sans",Arial,sans-serif;
 font-variant-numeric:tabular-nums}
 svg text{fill:var(--soft)}
 svg .rule{stroke:var(--line)}
@@ -146,8 +147,9 @@ footer{margin-top:56px;padding-block:18px 40px;font-size:13px;color:var(--soft)}
 .result,.grid{font-size:14px}th,td{padding-left:12px}.result th:first-child{overflow-wrap:anywhere}
 .pair,dl{columns:1}
 .broad{display:none}.narrow{display:block}}
-@media print{body{font-size:10.5pt}body>*{max-width:none;padding-inline:0}header{padding-top:0}
-section{margin-top:26px}figure,tr,dl div,.pair section{break-inside:avoid}h2,h3{break-after:avoid}
+@media print{:root{--paper:#fff}body{font-size:10.5pt}body>*{max-width:none;padding-inline:0}header{padding-top:0}
+section{margin-top:26px}
+figure,tr,dl div,.pair section,.recipe{break-inside:avoid}h2,h3{break-after:avoid}
 details,button{display:none}pre{white-space:pre-wrap;overflow:visible;border:1px solid var(--line)}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
@@ -283,7 +285,7 @@ def _alerts(report: Report) -> str:
 
 
 def _result(report: Report) -> str:
-    rows: list[Row] = before_after(report)
+    rows = before_after(report)
     if not rows:
         return ""
     cells = [(row.label, row.before, row.after, row.ratio) for row in rows]
@@ -341,7 +343,7 @@ def _run(report: Report) -> str:
         ("Family", report.family),
         ("Device", report.device),
         ("Weight dtype", report.dtype),
-        ("Float32 matmul precision", report.precision),
+        ("Calibration precision", report.precision),
         ("Processes", f"{report.processes:,}"),
         ("Storage", report.storage),
         ("Seed", str(report.seed)),
@@ -355,7 +357,7 @@ def _run(report: Report) -> str:
     if report.calibration is not None:
         data = report.calibration
         calibration = [
-            ("Data", data.data),
+            ("Data", data_text(data.data, "calibration")),
             ("Sequences", f"{data.samples:,}"),
             ("Tokens per sequence", f"{data.length:,}"),
             ("Seed", str(data.seed)),
@@ -382,8 +384,8 @@ def _recipe(report: Report) -> str:
     if not report.recipe:
         return ""
     return (
-        "<section>\n<h2>Recipe</h2>\n<p>The steps of this run as YAML. "
-        "Saved as a file, it runs again on this or another model.</p>\n"
+        "<section>\n<h2>Recipe</h2>\n<p>Saved as recipe.yaml, this makes the same run again with "
+        "<code>billhook run recipe.yaml</code>; <code>out</code> is the folder to write.</p>\n"
         '<div class="recipe"><button class="copy" type="button" hidden>Copy</button>'
         f"<pre>{escape(recipe_yaml(report))}</pre></div>\n</section>"
     )

@@ -15,14 +15,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from billhook.record import Calibration, Evaluation
 from billhook.report.card import markdown_table, plain
 from billhook.report.html import SERIES_DARK, SERIES_LIGHT, document, facts, group, machine_groups, table
-from billhook.report.record import Calibration, Evaluation
 from billhook.report.text import (
     MISSING,
     bytes_text,
     calibration_text,
     count_text,
+    data_text,
     listing,
     percent_text,
     perplexity_text,
@@ -34,7 +35,8 @@ from billhook.report.text import (
 class Cell(BaseModel):
     """What one method reached at one target."""
 
-    model_config = ConfigDict(extra="ignore")
+    # A model that pruning broke has an infinite perplexity or NaN: JSON has no such numbers, so they are strings
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
 
     method: str
     target: str  # sparsity as a fraction, "0.5", or a pattern, "2:4" (N kept of M)
@@ -212,7 +214,7 @@ def to_html(comparison: Comparison) -> str:
         f'<div class="{name}">{plot_svg(comparison, width, page=True)}</div>'
         for name, width in (("broad", 760), ("narrow", 380))
     )
-    data = [("Model", comparison.model), ("Evaluation", comparison.dense.data)]
+    data = [("Model", comparison.model), ("Evaluation", data_text(comparison.dense.data, "evaluation"))]
     if comparison.calibration is not None:
         data += [
             ("Calibration", calibration_text(comparison.calibration)),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from billhook.report.record import Calibration, Evaluation, Report, SiteRecord, StepRecord
+from billhook.record import Calibration, Evaluation, Report, SiteRecord, StepRecord
 
 MISSING = "–"  # a quantity that was not measured
 
@@ -101,9 +101,9 @@ def count_text(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
-def listing(words: Sequence[str], last: str = "and") -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+def listing(words: Sequence[str]) -> str:
+    """Words as "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def setting_text(value: Any) -> str:
@@ -134,6 +134,14 @@ def _plain(value: Any) -> Any:
 
 # Sentences
 
+_GIVEN = "given"  # calibration batches that a Python program brought along
+_SOURCES = {
+    "wikitext2": ("the training part of WikiText-2", "the test part of WikiText-2"),
+    "c4": ("the training part of C4", "the validation part of C4"),
+    "demo": ("the demo text (Wikipedia, 2016)", "the held-out part of the demo text (Wikipedia, 2016)"),
+    _GIVEN: ("data given in Python", "data given in Python"),
+}
+
 
 def final_sites(report: Report) -> list[SiteRecord]:
     """The last record of every pruned matrix: a later step's counts replace an earlier one's."""
@@ -157,10 +165,20 @@ def comparable(report: Report) -> bool:
     )
 
 
+def data_text(data: str, split: Literal["calibration", "evaluation"]) -> str:
+    """A text source and the part of it that was used, in words; unknown ones as they are."""
+    if data.startswith("text:"):
+        name = data.removeprefix("text:").replace("\\", "/").rstrip("/").rpartition("/")[2] or data
+        return f"{name} without its last fifth" if split == "calibration" else f"the held-out last fifth of {name}"
+    calibration, evaluation = _SOURCES.get(data, (data, data))
+    return calibration if split == "calibration" else evaluation
+
+
 def headline(report: Report) -> list[str]:
     """What was done to which model, and what it cost: one or two sentences."""
-    methods = listing(method_names(report), "then")
-    text = f"{report.model}, pruned with {methods}" if methods else report.model
+    methods = ", then ".join(method_names(report))
+    model = "The demo model" if report.model == "demo" else report.model
+    text = f"{model}, pruned with {methods}" if methods else model
     sites = final_sites(report)
     if sites:
         share = percent_text(final_sparsity(report))
@@ -186,10 +204,11 @@ def _perplexity_sentence(report: Report) -> str:
 
 def protocol_text(evaluation: Evaluation) -> str:
     """How a perplexity was measured, in words."""
+    tokens = count_text(evaluation.tokens, "predicted token")
+    windows = f"{count_text(evaluation.windows, 'window')} of {count_text(evaluation.length, 'token')}"
     return (
-        f"Perplexity on {evaluation.data}: the exponential of the mean negative log-likelihood of "
-        f"{count_text(evaluation.tokens, 'predicted token')} in {count_text(evaluation.windows, 'window')} "
-        f"of {count_text(evaluation.length, 'token')}, computed in {evaluation.dtype}. Lower is better."
+        f"Perplexity on {data_text(evaluation.data, 'evaluation')}: the exponential of the mean negative "
+        f"log-likelihood of {tokens} in {windows}, computed in {evaluation.dtype}. Lower is better."
     )
 
 
@@ -209,7 +228,7 @@ def calibration_text(calibration: Calibration) -> str:
     """The calibration data in words."""
     return (
         f"{count_text(calibration.samples, 'sequence')} of {count_text(calibration.length, 'token')} "
-        f"from {calibration.data}, seed {calibration.seed}"
+        f"from {data_text(calibration.data, 'calibration')}, seed {calibration.seed}"
     )
 
 
@@ -231,8 +250,23 @@ def storage_text(report: Report) -> str:
 
 
 def recipe_yaml(report: Report) -> str:
-    """The recipe as YAML text, steps in order."""
-    return yaml.safe_dump(_plain(report.recipe), sort_keys=False, allow_unicode=True, width=100)
+    """The run as a recipe that `billhook run` takes, as YAML text."""
+    job: dict[str, Any] = {"model": report.model, "out": "out", "steps": report.recipe}
+    note = ""
+    if report.calibration is not None:
+        if report.calibration.data == _GIVEN:
+            note = "# The calibration data was given in Python; the key data names a text to take instead.\n"
+        else:
+            job["data"] = report.calibration.data
+        job |= {"samples": report.calibration.samples, "length": report.calibration.length}
+    job |= {"seed": report.seed, "device": report.device, "dtype": report.dtype, "precision": report.precision}
+    job["storage"] = report.storage
+    one = report.after or report.before
+    if one is None:
+        job["eval"] = False
+    else:
+        job |= {"eval_data": one.data, "eval_length": one.length, "eval_windows": one.windows}
+    return note + yaml.safe_dump(_plain(job), sort_keys=False, allow_unicode=True, width=100)
 
 
 # The table before and after

@@ -48,7 +48,7 @@ def sweep(
     """
     rows, columns = weight.shape
     # Columns are the unit of work: transposed, each is one contiguous run of memory.
-    w = weight.T.contiguous()
+    w = weight.T.clone(memory_format=torch.contiguous_format)
     mask = torch.ones(columns, rows, dtype=torch.bool, device=weight.device)
     if pattern is not None:
         block_size = max(1, block_size // pattern.m) * pattern.m

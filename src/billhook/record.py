@@ -18,7 +18,8 @@ FILE = "billhook.json"
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    # a perplexity may be infinite, and JSON has no word for that
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
 
 
 class SiteRecord(_Record):
