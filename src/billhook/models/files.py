@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -65,6 +66,8 @@ class Stored:
 
     def map(self) -> Tensor:
         """The tensor mapped into memory: pages are read as they are used. Writing to it changes no file."""
+        if not self.nbytes:  # nothing to map
+            return torch.empty(self.shape, dtype=self.dtype)
         raw = np.memmap(self.file, dtype=np.uint8, mode="c", offset=self.begin, shape=(self.nbytes,))
         return torch.from_numpy(raw).view(self.dtype).view(self.shape)
 
@@ -95,22 +98,31 @@ def read_index(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             if not 2 <= length <= size - 8:
                 raise BillhookError(f"{file} is not a whole safetensors file: fetch it again.")
             header: dict[str, Any] = json.loads(stream.read(length))
+        metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}
+        tensors = {key: _stored(file, key, entry, 8 + length) for key, entry in header.items()}
     except FileNotFoundError:
         raise BillhookError(f"{file} is missing: fetch the model again.") from None
-    except (ValueError, UnicodeDecodeError):
+    except OSError as error:
+        raise BillhookError(f"{file} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BillhookError(f"{file} has a damaged safetensors header: fetch it again.") from None
-    metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}
-    tensors = {}
-    for key, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise BillhookError(f"{file}: tensor {key!r} has dtype {entry['dtype']}, which is not supported.")
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        if end > size:
+    for key, tensor in tensors.items():
+        if tensor.end > size:
             raise BillhookError(
-                f"{file} is truncated: tensor {key!r} ends at byte {end}, the file at {size}; fetch it again."
+                f"{file} is truncated: tensor {key!r} ends at byte {tensor.end}, the file at {size}; fetch it again."
             )
-        tensors[key] = Stored(file, key, _DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, end)
     return tensors, metadata
+
+
+def _stored(file: Path, key: str, entry: dict[str, Any], start: int) -> Stored:
+    """One entry of a header whose data begin at byte `start`; any exception means that the header is damaged."""
+    if entry["dtype"] not in _DTYPES:
+        raise BillhookError(f"{file}: tensor {key!r} has dtype {entry['dtype']}, which is not supported.")
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if min(begin, *shape) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError("offsets do not fit the shape")
+    return Stored(file, key, dtype, shape, start + begin, start + end)
 
 
 @dataclass(frozen=True)
@@ -134,10 +146,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write(file: Path, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> None:

@@ -1,0 +1,89 @@
+"""The quality table: every method at every target on the laptop protocol, one command.
+
+    python benchmarks/quality.py --model DIR --wikitext DIR --out quality.json
+
+DIR with WikiText-2 raw as `benchmarks/protocol.py` reads it. Finished cells are kept in the JSON file, so a
+stopped run goes on. Prints the Markdown table that docs/benchmarks.md quotes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import protocol
+import torch
+
+import billhook as bh
+
+METHODS = ("magnitude", "wanda", "ria", "sparsegpt")
+TARGETS = ("0.5", "0.6", "0.7", "2:4", "4:8")
+
+
+def options(target: str) -> dict[str, Any]:
+    return {"pattern": target} if ":" in target else {"sparsity": float(target)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder, or demo")
+    parser.add_argument("--wikitext", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--precision", default="auto", help="of the calibration passes: auto, highest, bf16")
+    parser.add_argument("--seeds", default="0", help="calibration seeds, comma-separated")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    arguments = parser.parse_args()
+
+    known: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    _, tokenizer = bh.load(arguments.model, stream=True)
+    windows = protocol.evaluation_tokens(tokenizer, arguments.wikitext)
+
+    def measure(key: str, **run: Any) -> None:
+        if key in known:
+            return
+        model, _ = bh.load(arguments.model)
+        seconds, sparsity = 0.0, 0.0
+        if run:
+            tokens = protocol.calibration_tokens(tokenizer, arguments.wikitext, seed=run["seed"])
+            start = time.perf_counter()
+            method = bh.method(run["method"], **options(run["target"]))
+            report = bh.prune(model, method, list(torch.split(tokens, 8)), precision=arguments.precision)
+            seconds, sparsity = time.perf_counter() - start, report.steps[0].sparsity
+        value = bh.perplexity(model, windows)
+        known[key] = {**run, "perplexity": value, "sparsity": sparsity, "seconds": seconds}
+        arguments.out.write_text(json.dumps(known, indent=1))
+        print(f"{key}: perplexity {value:.4f}, sparsity {sparsity:.4f}, {seconds:.0f} s", flush=True)
+
+    methods, targets = arguments.methods.split(","), arguments.targets.split(",")
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    measure("dense")
+    for seed in seeds:
+        for target in targets:
+            for method in methods:
+                if method == "magnitude" and seed != seeds[0]:
+                    continue  # reads no data
+                measure(f"{method} {target} {arguments.precision} {seed}", method=method, target=target, seed=seed)
+
+    print(f"\nDense: {known['dense']['perplexity']:.2f}\n")
+    print("| method | " + " | ".join(t if ":" in t else f"{float(t):.0%}" for t in targets) + " |")
+    print("|---|" + "---|" * len(targets))
+    for method in methods:
+        cells = []
+        for target in targets:
+            values = [
+                known[key]["perplexity"]
+                for seed in seeds
+                if (key := f"{method} {target} {arguments.precision} {seed}") in known
+            ]
+            mean = sum(values) / len(values)
+            spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+            cells.append(f"{mean:,.2f}{spread}")
+        print(f"| {method} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m billhook`, and what torchrun starts."""
+
+from billhook.cli import main
+
+main()
