@@ -3,9 +3,10 @@
     python benchmarks/peer.py --model DIR --wikitext DIR --peer-python VENV/bin/python --out FILE.json
 
 Every run is a process of its own (ours_worker.py with this python, peer_worker.py with the peer's). Both get
-the same calibration tokens, in the same order and batches, and as many threads. The two take turns, and who
-goes first changes from round to round. The first output of each is judged by protocol.py, which knows neither
-tool. Memory is that of the whole process, libraries included; rss_imported_mib in the JSON tells their share.
+the same calibration tokens in the same order and as many threads, each in batches of the size that suits it.
+The two take turns, and who goes first changes from round to round. The first output of each is judged by
+protocol.py, which knows neither tool. Memory is that of the whole process, libraries included; their share
+is rss_imported_mib in the JSON.
 
 This process imports neither torch nor any tool: a child's peak memory, as the kernel counts it, starts from
 its parent's at the time of the start.
@@ -49,7 +50,8 @@ def worker(tool: str, args: argparse.Namespace, tokens: Path, method: str, patte
     python = args.peer_python if tool == "peer" else sys.executable
     command = [python, str(HERE / f"{tool}_worker.py"), "--model", args.model, "--tokens", str(tokens)]
     command += ["--method", method, "--sparsity", str(args.sparsity), "--pattern", pattern]
-    command += ["--batch-size", str(args.batch_size), "--threads", str(args.threads)]
+    batch = args.peer_batch_size if tool == "peer" else args.batch_size
+    command += ["--batch-size", str(batch), "--threads", str(args.threads)]
     return [*command, "--out", str(out), "--json"]
 
 
@@ -101,7 +103,8 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True, help="python of a venv with llmcompressor 0.14")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=8, help="calibration batch, for both")
+    parser.add_argument("--batch-size", type=int, default=8, help="calibration batch of ours")
+    parser.add_argument("--peer-batch-size", type=int, default=1, help="of the peer; see peer_worker.py")
     parser.add_argument("--sparsity", type=float, default=0.5, help="of the unstructured configurations")
     parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"])
     parser.add_argument("--patterns", nargs="+", default=["unstructured", "2:4"])
@@ -131,7 +134,7 @@ def main() -> None:
         report: dict[str, Any] = {
             "machine": call([*protocol, "machine"]),
             "threads": args.threads,
-            "batch_size": args.batch_size,
+            "batch_size": {"ours": args.batch_size, "peer": args.peer_batch_size},
             "calibration": call(command),
             "dense": judge(args, args.model),
             "results": [],

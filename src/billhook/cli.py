@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic.fields import FieldInfo
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from billhook.errors import BillhookError, nearest
@@ -29,6 +30,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # Typer does not name it
+_INTERRUPTED = 130
 _out = Console()
 _err = Console(stderr=True)
 
@@ -64,7 +67,7 @@ EvalDataOption = Annotated[
 EvalLengthOption = Annotated[
     int | None, typer.Option("--eval-length", help="Tokens per evaluation window; default 1024.")
 ]
-EvalWindowsOption = Annotated[int, typer.Option("--eval-windows", help="Evaluation windows; 0 for all.")]
+EvalWindowsOption = Annotated[int, typer.Option("--eval-windows", help="At most so many evaluation windows; 0: all.")]
 
 
 _DATA: str = Job.model_fields["data"].default
@@ -211,6 +214,7 @@ def run(
     """
     from billhook.recipe import read_recipe
 
+    _hush(quiet)
     job = read_recipe(recipe, out=out, seed=seed, device=device, dtype=dtype)
     _start(quiet, as_json, job.device)
     _run(job, force, as_json, quiet)
@@ -221,7 +225,9 @@ def eval_(
     model: ModelArgument,
     data: DataOption = _DATA,
     length: Annotated[int | None, typer.Option("--length", help="Tokens per window; default 1024.")] = None,
-    windows: Annotated[int, typer.Option("--windows", help="Windows from the start of the text; 0 for all.")] = 40,
+    windows: Annotated[
+        int, typer.Option("--windows", help="At most so many windows, from the start of the text; 0: all.")
+    ] = 40,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -246,11 +252,15 @@ def eval_(
         model, data, length=length, windows=windows or None, device=device, dtype=dtype, max_memory=max_memory
     )
     if as_json:
-        _print_json({"model": model, **result.model_dump()})
+        _print_json({"model": model, **json.loads(result.model_dump_json())})
     elif not quiet:
         _out.print(
-            f"[bold]perplexity {result.perplexity:.4f}[/]  {model}, {result.data}: {result.windows} windows of "
-            f"{result.length} tokens, {result.dtype}, {result.seconds:.0f} s"
+            f"[bold]perplexity {result.perplexity:.4f}[/]  "
+            + escape(
+                f"{model}, {result.data}: {result.windows} windows of {result.length} tokens, {result.dtype}, "
+                f"{result.seconds:.0f} s"
+            ),
+            soft_wrap=True,
         )
     else:
         _out.print(f"{result.perplexity:.6f}")
@@ -316,7 +326,7 @@ def compare(
         _print_json({"out": str(out), **json.loads(result.model_dump_json())})
     elif not quiet:
         _out.print(to_markdown(result), markup=False, soft_wrap=True)
-        _out.print(("Already there: " if already else "Written: ") + str(out / "index.html"))
+        _say(("Already there: " if already else "Written: ") + str(out / "index.html"))
 
 
 @app.command(name="methods")
@@ -357,11 +367,12 @@ def inspect_(
     """
     from billhook.describe import describe_model
 
+    _hush(quiet=False)
     facts = describe_model(model)
     if as_json:
         _print_json(facts)
         return
-    _out.print(f"[bold]{facts['model']}[/]: {facts['architecture']}, family {facts['family']}")
+    _out.print(f"[bold]{escape(facts['model'])}[/]: {facts['architecture']}, family {facts['family']}")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key in ("blocks", "parameters", "prunable", "dtype", "bytes", "groups"):
         value = facts[key]
@@ -390,12 +401,14 @@ def export(
     """
     from billhook.run import export_plain
 
-    target = out or folder.with_name(folder.name + "-hf")
+    _hush(quiet=False)
+    place = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
+    target = out or place.with_name(place.name + "-hf")
     export_plain(folder, target, force=force)
     if as_json:
         _print_json({"out": str(target), "format": format_})
     else:
-        _out.print(f"Written: {target}")
+        _say(f"Written: {target}")
 
 
 # -- helpers ----------------------------------------------------------------------------------------------
@@ -414,8 +427,8 @@ def _run(values: dict[str, Any] | Job, force: bool, as_json: bool, quiet: bool) 
         _print_json({"out": str(settings.out), **json.loads(report.model_dump_json())})
     elif not quiet:
         _out.print(summary(report))
-        _out.print(("Already there: " if already else "Written: ") + str(settings.out))
-        _out.print(f"Report:  {settings.out / 'report.html'}")
+        _say(("Already there: " if already else "Written: ") + str(settings.out))
+        _say(f"Report:  {settings.out / 'report.html'}")
 
 
 def _start(quiet: bool, as_json: bool, device: str) -> None:
@@ -427,15 +440,15 @@ def _start(quiet: bool, as_json: bool, device: str) -> None:
     distributed.start(parse_device(device))
     visible = not quiet and _is_main()
     progress.enable(visible and (sys.stderr.isatty() or not as_json))
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    logging.getLogger("billhook").setLevel(logging.INFO if visible else logging.ERROR)
-    _hush_transformers()
+    _hush(not visible)
 
 
-def _hush_transformers() -> None:
-    """Its warnings are about its own users' code, not about what the user of this command can change."""
+def _hush(quiet: bool) -> None:
+    """Logging to stderr. Warnings of Transformers are about code, not about what the user of a command can change."""
     import transformers
 
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.getLogger("billhook").setLevel(logging.ERROR if quiet else logging.INFO)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -448,6 +461,11 @@ def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _say(text: str) -> None:
+    """A line as it is: paths are neither wrapped nor read as markup."""
+    _out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
 
@@ -457,21 +475,48 @@ def main() -> None:
     from billhook.calibration import distributed
 
     try:
-        app()
+        code = app(standalone_mode=False)
     except BillhookError as error:
-        _err.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        code = _fail(str(error))
+    except _UsageError as error:
+        code = _misuse(error)
+    except typer.Abort:
+        code = 1
     except KeyboardInterrupt:
-        _err.print("Interrupted: run the same command again to go on.", highlight=False)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+        code = _INTERRUPTED
+    except OSError as error:  # a file that is gone or closed to us, a full disk outside of a run
+        where = f"{error.filename}: " if error.filename else ""
+        reason = (error.strerror or str(error) or type(error).__name__).splitlines()[0]
+        code = _fail(f"{where}{reason}.")
     finally:
         distributed.stop()
+    if code == _INTERRUPTED:
+        _err.print("Interrupted: run the same command again to go on.", highlight=False)
+    try:
+        sys.stdout.flush()
+    except OSError:  # whoever read the output has left: nothing more goes to them, at the interpreter's exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 1
+    sys.exit(code)
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
+def _fail(message: str) -> int:
+    _err.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+    return 2
 
-    return escape(text)
+
+def _misuse(error: typer.BadParameter) -> int:
+    """A command line that cannot be parsed, in the form of every other mistake; without arguments, the help."""
+    words = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        sys.stderr.write(words)
+        return 2
+    option = getattr(error, "option_name", None)
+    command = error.ctx.command if error.ctx else None
+    if option and command and words.startswith("No such option"):
+        known = [name for parameter in command.params for name in parameter.opts]
+        words = f"No option {option!r}{nearest(option, known)}"
+    words = " ".join(words.split())
+    if error.ctx and not words.endswith("?"):
+        words = f"{words.rstrip('.')}; see '{error.ctx.command_path} --help'."
+    return _fail(words)

@@ -20,7 +20,7 @@ from billhook.models.load import load
 from billhook.recipe import Job
 from billhook.report import table
 from billhook.report.table import Cell, Comparison
-from billhook.run import Options, fingerprint_of, opened, prepare_data, remembered, run_steps, staged
+from billhook.run import Options, fingerprint_of, opened, prepare_data, refuse_source, remembered, run_steps, staged
 from billhook.system import (
     machine,
     parse_bytes,
@@ -61,6 +61,7 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
         max_memory=parse_bytes(job.max_memory) if job.max_memory else None,
     )
     model, tokenizer = load(job.model, dtype=parse_dtype(job.dtype), stream=True)
+    refuse_source(model, target_folder)
     family = anatomy_of(model)
     batches, windows, calibration = prepare_data(job, model, tokenizer, family, [m for _, _, m in cells])
     if windows is None:

@@ -22,7 +22,7 @@ def describe_model(name: str) -> dict[str, Any]:
     family = anatomy_of(model)
     blocks = sites_of(model, family)
     source = source_of(model)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = _parameters(model)
     prunable = sum(site.numel for block in blocks for site in block)
     return {
         "model": name,
@@ -46,6 +46,15 @@ def describe_model(name: str) -> dict[str, Any]:
         ],
         "methods": [key for key, cls in methods().items() if family.input == "input_ids" or cls.needs == "nothing"],
     }
+
+
+def _parameters(model: nn.Module) -> int:
+    """Tied parameters count once; those of a streamed model are one where they are one on disk."""
+    source = source_of(model)
+    named = dict(model.named_parameters())
+    if isinstance(source, Streamed):
+        named = {source.keys[name]: parameter for name, parameter in named.items()}
+    return sum(parameter.numel() for parameter in named.values())
 
 
 def _groups(model: nn.Module, family: Anatomy) -> dict[str, int]:

@@ -9,7 +9,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from billhook.errors import BillhookError, nearest
-from billhook.methods import Method, method
+from billhook.methods import Method, method, methods
+
+_TEXT = "tag:yaml.org,2002:str"
 
 
 class Job(BaseModel):
@@ -26,7 +28,7 @@ class Job(BaseModel):
     data: str = Field("demo", description="calibration text: demo, wikitext2, c4 or text:PATH")
     samples: int = Field(32, ge=1, description="calibration sequences")
     length: int = Field(512, ge=2, description="tokens per calibration sequence")
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: str = Field("auto", description="weight dtype: auto (the model's own), float32, bfloat16 or float16")
     precision: Literal["auto", "highest", "bf16"] = Field("auto", description="matrix products of calibration passes")
@@ -35,7 +37,7 @@ class Job(BaseModel):
     eval: bool = Field(True, description="measure perplexity before and after")
     eval_data: str | None = Field(None, description="text to measure perplexity on; the held-out part of data")
     eval_length: int | None = Field(None, ge=2, description="tokens per evaluation window; 1024 or the model's limit")
-    eval_windows: int | None = Field(40, ge=1, description="evaluation windows; null for all")
+    eval_windows: int | None = Field(40, ge=1, description="at most so many evaluation windows; null for all")
 
     def methods(self) -> list[Method]:
         """The steps as methods.
@@ -49,7 +51,9 @@ class Job(BaseModel):
             name = options.pop("method", None)
             if not isinstance(name, str):
                 raise BillhookError(f"Step {number} of the recipe names no method: write 'method: wanda', for example.")
-            result.append(method(name, **{str(key): value for key, value in options.items()}))
+            for reserved in {"name", "self"} & options.keys():  # Python would take these for its own
+                raise BillhookError(f"Method {name} has no option {reserved!r}.")
+            result.append(method(name, **options))
         return result
 
 
@@ -86,15 +90,16 @@ def parse_recipe(text: str, name: str = "recipe", **overrides: Any) -> Job:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # PyYAML's constructors raise whatever a wrong tag leads them to
         mark = getattr(error, "problem_mark", None)
         where = f"{name}, line {mark.line + 1}" if mark else name
-        raise BillhookError(f"{where}: this is not YAML ({getattr(error, 'problem', None) or error}).") from None
+        problem = str(getattr(error, "problem", None) or error).strip() or type(error).__name__
+        raise BillhookError(f"{where}: this is not YAML ({problem.splitlines()[0]}).") from None
     if not isinstance(values, dict) or not isinstance(tree, yaml.MappingNode):
         raise BillhookError(f"{name}: a recipe is a mapping with the keys {', '.join(Job.model_fields)}.")
     allowed = list(Job.model_fields)
     for key, _ in tree.value:
-        if key.value not in allowed:
+        if key.tag != _TEXT or key.value not in allowed:
             raise BillhookError(
                 f"{name}, line {key.start_mark.line + 1}: key {key.value!r} is not known"
                 f"{nearest(str(key.value), allowed)}; allowed are {', '.join(allowed)}."
@@ -116,8 +121,6 @@ def parse_recipe(text: str, name: str = "recipe", **overrides: Any) -> Job:
 
 def _check_steps(tree: yaml.MappingNode, name: str) -> None:
     """Wrong keys inside steps, with their line."""
-    from billhook.methods import methods
-
     for key, node in tree.value:
         if key.value != "steps" or not isinstance(node, yaml.SequenceNode):
             continue
@@ -129,10 +132,12 @@ def _check_steps(tree: yaml.MappingNode, name: str) -> None:
                 )
             chosen = next((v.value for k, v in step.value if k.value == "method"), None)
             known = methods()
+            if not isinstance(chosen, str | None):
+                raise BillhookError(f"{name}, line {step.start_mark.line + 1}: 'method' is not the name of a method.")
             if chosen in known:
                 allowed = ["method", *known[chosen].model_fields]
                 for option, _ in step.value:
-                    if option.value not in allowed:
+                    if option.tag != _TEXT or option.value not in allowed:
                         raise BillhookError(
                             f"{name}, line {option.start_mark.line + 1}: method {chosen} has no option "
                             f"{option.value!r}{nearest(str(option.value), allowed)}; allowed are {', '.join(allowed)}."
@@ -171,4 +176,10 @@ def _sentence(error: ValidationError) -> str:
         known = list(Job.model_fields)
         return f"{option!r} is not known{nearest(option, known)}; allowed are {', '.join(known)}."
     message = str(first["msg"])
-    return f"{option}={first['input']!r} is not possible: {message[0].lower()}{message[1:]}."
+    return f"{option}={shortened(first['input'])} is not possible: {message[0].lower()}{message[1:]}."
+
+
+def shortened(value: object) -> str:
+    """A value as it is written in Python, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -101,6 +101,7 @@ def prune(
         return _closed(report, start)
 
     target = Target(Path(out))
+    refuse_source(model, target)
     report.fingerprint = _fingerprint(model, report, {})
     if opened(target, report.fingerprint, force):
         return Report.read(target.out)
@@ -132,6 +133,7 @@ def execute(job: Job, *, force: bool = False) -> tuple[Report, bool]:
     if not force:
         target.refuse_foreign()
     model, tokenizer = load(job.model, dtype=parse_dtype(job.dtype), stream=True)
+    refuse_source(model, target)
     family = anatomy_of(model)
     batches, windows, calibration = prepare_data(job, model, tokenizer, family, steps)
     for method in steps:
@@ -214,6 +216,13 @@ def _publish(model: nn.Module, tokenizer: Any, report: Report, target: Target, s
     distributed.barrier()
 
 
+def refuse_source(model: nn.Module, target: Target) -> None:
+    """Raise where writing the result would delete the model that is read."""
+    source = source_of(model)
+    if isinstance(source, Streamed) and source.checkpoint.folder.resolve().is_relative_to(target.out.resolve()):
+        raise BillhookError(f"{target.out} holds the model that is pruned: choose another --out.")
+
+
 def opened(target: Target, fingerprint: str, force: bool, marker: str = FILE) -> bool:
     """`Target.open` by the first process, its outcome in every process."""
     already = False
@@ -280,7 +289,7 @@ def prepare_data(
     if not job.eval:
         return batches, None, calibration
     length = job.eval_length or min(1024, limit or 1024)
-    windows = data.evaluation(job.eval_data or job.data, tokenizer, length=length, windows=job.eval_windows)
+    windows = data.evaluation(job.eval_data or job.data, tokenizer, length=length)[: job.eval_windows]
     return batches, windows, calibration
 
 
@@ -369,6 +378,8 @@ def evaluate_model(
     Raises:
         BillhookError: no such model or text, not a language model, or too little text.
     """
+    if windows is not None and windows < 1:
+        raise BillhookError(f"windows={windows} is not possible: give at least 1, or 0 for all the text.")
     limit_bytes = parse_bytes(max_memory) if max_memory else None
     where = parse_device(device)
     model, tokenizer = load(name, dtype=parse_dtype(dtype), stream=True)
@@ -378,7 +389,7 @@ def evaluate_model(
     limit = position_limit(model)
     if limit and length and length > limit:
         raise BillhookError(f"length={length} is more than the {limit} positions of the model: use at most {limit}.")
-    ids = data.evaluation(text, tokenizer, length=length or min(1024, limit or 1024), windows=windows)
+    ids = data.evaluation(text, tokenizer, length=length or min(1024, limit or 1024))[:windows]
     return evaluate(model, ids, text, device=where, max_memory=limit_bytes)
 
 
@@ -389,13 +400,12 @@ def export_plain(folder: Path, out: Path, *, force: bool = False) -> None:
         BillhookError: `folder` is not a model folder, or `out` exists and `force` is not given.
     """
     checkpoint = Checkpoint.open(folder)
+    target = Target(out)
     if out.exists() and not force:
         raise BillhookError(f"{out} exists: choose another --out, or overwrite it with --force.")
-    target = Target(out)
-    target.discard()
-    result = target.staging / "result"
+    result = target.fresh()
     try:
-        result.mkdir(parents=True)
+        result.mkdir()
         for path in sorted(folder.iterdir()):
             if path.is_file() and path not in checkpoint.files and path.name != "model.safetensors.index.json":
                 shutil.copyfile(path, result / path.name)

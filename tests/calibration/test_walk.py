@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, TEXT_FAMILIES, batches_for, build, weights_of
 
 import billhook as bh
 from billhook.anatomy import anatomy_of, find_blocks
@@ -22,6 +21,7 @@ from billhook.calibration import distributed
 from billhook.calibration.activations import Activations
 from billhook.calibration.journal import Journal
 from billhook.calibration.walk import Walk
+from tiny import FAMILIES, TEXT_FAMILIES, batches_for, build, weights_of
 
 
 def result_of(folder: Path) -> dict[str, torch.Tensor]:

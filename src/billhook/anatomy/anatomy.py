@@ -56,7 +56,7 @@ class Anatomy:
     """
 
     family: str
-    blocks: str  # the nn.ModuleList (or nn.Sequential) of blocks
+    blocks: str  # the nn.ModuleList (or nn.Sequential) of blocks; "" where the model itself is that
     model_types: tuple[str, ...] = ()  # `config.model_type` values of Transformers
     attention: Attention | None = None
     mlp: MLP | None = None
@@ -92,8 +92,6 @@ def declare(anatomy: Anatomy) -> Anatomy:
 
 def families() -> dict[str, Anatomy]:
     """All declared families by `config.model_type`."""
-    import billhook.anatomy.families  # noqa: F401  (declares the built-in ones)
-
     return dict(_FAMILIES)
 
 
@@ -136,7 +134,8 @@ def _check(model: nn.Module, anatomy: Anatomy) -> None:
         inside = [*(anatomy.attention.inputs if anatomy.attention else ())]
         inside += [anatomy.attention.output] if anatomy.attention else []
         inside += [*anatomy.mlp.inputs, anatomy.mlp.output] if anatomy.mlp else []
-        parts = {"projection": [f"{anatomy.blocks}.0.{path}" for path in inside]}
+        first = join(anatomy.blocks, next(name for name, _ in blocks.named_children()))
+        parts = {"projection": [join(first, path) for path in inside]}
     parts["embeddings"] = list(anatomy.embeddings)
     for part, paths in parts.items():
         for path in paths:
@@ -146,6 +145,11 @@ def _check(model: nn.Module, anatomy: Anatomy) -> None:
                     f"{type(model).__name__} has no such module: declare an anatomy that fits with "
                     "bh.declare(bh.Anatomy(...))."
                 )
+
+
+def join(*names: str) -> str:
+    """Module names to one path; an empty one stands for the module itself."""
+    return ".".join(name for name in names if name)
 
 
 def _find(root: nn.Module, path: str) -> nn.Module | None:

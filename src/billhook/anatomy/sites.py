@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.anatomy.anatomy import Anatomy
+from billhook.anatomy.anatomy import Anatomy, join
 from billhook.errors import BillhookError
 
 
@@ -67,13 +67,13 @@ class Site:
 
 def find_blocks(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
     """The blocks in order."""
-    return list(model.get_submodule(anatomy.blocks).children())
+    return [model.get_submodule(name) for name in block_names(model, anatomy)]
 
 
 def block_names(model: nn.Module, anatomy: Anatomy) -> list[str]:
     """Full module names of the blocks, in order."""
     names = [name for name, _ in model.get_submodule(anatomy.blocks).named_children()]
-    return [f"{anatomy.blocks}.{name}" for name in names]
+    return [join(anatomy.blocks, name) for name in names]
 
 
 def sites_of(model: nn.Module, anatomy: Anatomy) -> list[list[Site]]:
@@ -89,7 +89,7 @@ def sites_of(model: nn.Module, anatomy: Anatomy) -> list[list[Site]]:
             path for path, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)
         ]
         result.append(
-            [Site(f"{name}.{path}", index, path, block.get_submodule(path)) for path in paths if _has(block, path)]
+            [Site(join(name, path), index, path, block.get_submodule(path)) for path in paths if _has(block, path)]
         )
     if not any(result):
         raise BillhookError(f"The blocks {anatomy.blocks!r} of {type(model).__name__} hold no linear layer to prune.")

@@ -43,7 +43,11 @@ def compress(folder: Path) -> None:
             entries.append(Entry(f"{key}.bitmask", torch.uint8, (bits,), _Lazy(stored, 0)))
             entries.append(Entry(f"{key}.values", stored.dtype, (nonzero,), _Lazy(stored, 1)))
     write(folder / COMPRESSED, entries, metadata)
-    _verify(dense, Checkpoint.open(folder))
+    try:
+        _verify(dense, Checkpoint.open(folder))
+    except BaseException:
+        (folder / COMPRESSED).unlink()
+        raise
     for file in dense.files:
         file.unlink()
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)

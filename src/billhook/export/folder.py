@@ -22,6 +22,7 @@ from billhook.report.html import page
 _SINGLE_FILE_LIMIT = 5_000_000_000
 _COMPANIONS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _OURS = {FILE, "README.md", "report.html", "model.safetensors.index.json"}
+_STATE = "run.json"  # holds the fingerprint of the command that a folder belongs to
 
 
 class Target:
@@ -32,7 +33,10 @@ class Target:
     """
 
     def __init__(self, out: Path) -> None:
-        self.out = out
+        whole = Path(os.path.abspath(out))
+        if Path.cwd().is_relative_to(whole):
+            raise BillhookError(f"{whole} is the working folder or contains it: choose another --out.")
+        self.out = out = whole if out.name == ".." else out
         self.staging = out.with_name(out.name + ".partial")
 
     def open(self, fingerprint: str, force: bool, marker: str = FILE) -> bool:
@@ -52,33 +56,49 @@ class Target:
                     f"{self.out} holds the result of another billhook command: choose another --out, or overwrite "
                     "it with --force."
                 )
-        state = self.staging / "run.json"
-        if self.staging.exists():
-            if not state.is_file() and any(self.staging.iterdir()):
-                raise BillhookError(f"{self.staging} is in the way and was not written by billhook: move it away.")
-            if state.is_file() and json.loads(state.read_text(encoding="utf-8")).get("fingerprint") != fingerprint:
-                if not force:
-                    raise BillhookError(
-                        f"{self.staging} holds an unfinished run with other options or data: run that command again "
-                        "to finish it, or discard it with --force."
-                    )
-                shutil.rmtree(self.staging)
+        state = self.staging / _STATE
+        self.refuse_foreign_staging()
+        if state.is_file() and _read_fingerprint(state) != fingerprint:
+            if not force:
+                raise BillhookError(
+                    f"{self.staging} holds an unfinished run with other options or data: run that command again "
+                    "to finish it, or discard it with --force."
+                )
+            shutil.rmtree(self.staging)
+        self._stage(fingerprint)
+        return False
+
+    def fresh(self) -> Path:
+        """Get ready to write something that cannot be resumed; returns the path of the folder to make.
+
+        Raises:
+            BillhookError: the staging folder's place is taken or cannot be written.
+        """
+        self.refuse_foreign_staging()
+        self.discard()
+        self._stage(None)
+        return self.staging / "result"
+
+    def _stage(self, fingerprint: str | None) -> None:
+        state = self.staging / _STATE
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
+            if not state.is_file():
+                write_atomically(state, [json.dumps({"fingerprint": fingerprint}).encode()])
         except OSError as error:
             raise BillhookError(f"{self.out} cannot be written: {error.strerror}; choose another --out.") from None
-        if not state.is_file():
-            write_atomically(state, [json.dumps({"fingerprint": fingerprint}).encode()])
-        return False
 
     def publish(self, result: Path) -> None:
         """Rename `result` (inside the staging folder) to the output folder and drop the rest."""
-        old = self.out.with_name(self.out.name + ".replaced")
+        old = self.staging / "replaced"
         if self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
             os.rename(self.out, old)
-        os.rename(result, self.out)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            os.rename(result, self.out)
+        except BaseException:
+            if old.exists():
+                os.rename(old, self.out)
+            raise
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def discard(self) -> None:
@@ -86,19 +106,28 @@ class Target:
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def _fingerprint(self, marker: str) -> object:
-        path = self.out / (marker if marker == FILE else "run.json")
-        try:
-            return json.loads(path.read_text(encoding="utf-8")).get("fingerprint")
-        except (OSError, ValueError, AttributeError):
-            return None
+        return _read_fingerprint(self.out / (marker if marker == FILE else _STATE))
+
+    def refuse_foreign_staging(self) -> None:
+        """Raise unless the staging folder is absent, empty or billhook's own."""
+        foreign = self.staging.exists() and not (self.staging / _STATE).is_file()
+        if foreign and not (self.staging.is_dir() and not any(self.staging.iterdir())):
+            raise BillhookError(f"{self.staging} is in the way and was not written by billhook: move it away.")
 
     def refuse_foreign(self, marker: str = FILE) -> None:
         """Raise unless the output folder is absent or billhook's own."""
-        if self.out.exists() and not (self.out / marker).is_file():
+        if self.out.exists() and not any((self.out / name).is_file() for name in {marker, FILE}):
             raise BillhookError(
                 f"{self.out} exists and was not written by billhook: choose another --out, or overwrite it with "
                 "--force."
             )
+
+
+def _read_fingerprint(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("fingerprint")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def assemble(model: nn.Module, tokenizer: Any, result: Path, storage: str = "dense") -> None:
@@ -144,8 +173,7 @@ def save(model: nn.Module, tokenizer: Any, out: str | Path, report: Report, *, f
     target = Target(Path(out))
     if target.out.exists() and not force:
         raise BillhookError(f"{target.out} exists: choose another folder, or pass force=True.")
-    target.discard()
-    result = target.staging / "result"
+    result = target.fresh()
     try:
         assemble(model, tokenizer, result)
         write_pages(report, result, target.out.name)

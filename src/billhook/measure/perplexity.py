@@ -19,6 +19,7 @@ from billhook.anatomy import Anatomy, anatomy_of
 from billhook.calibration import distributed
 from billhook.calibration.capture import feed, inference
 from billhook.calibration.walk import Walk
+from billhook.errors import BillhookError
 from billhook.models.source import source_of
 from billhook.progress import Bar, bar
 from billhook.record import Evaluation
@@ -45,7 +46,15 @@ def perplexity(
 
     Returns:
         The perplexity; inf where it exceeds float range, nan if a logit is nan.
+
+    Raises:
+        BillhookError: the windows hold nothing to predict.
     """
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise BillhookError(
+            f"Windows of shape {list(windows.shape)} hold nothing to predict: give token ids as [windows, length] with "
+            "a length of at least 2."
+        )
     size = batch or max(1, _TOKENS_AT_ONCE // windows.shape[1])
     batches = list(torch.split(windows, size))
     total = torch.zeros((), dtype=torch.float64)

@@ -35,7 +35,13 @@ class Packed:
         return self.mask.nbytes + self.values.nbytes
 
     def read(self) -> Tensor:
-        return bitmask.unpack(self.mask.read(), self.values.read(), self.shape)
+        mask, values = self.mask.read(), self.values.read()
+        try:
+            return bitmask.unpack(mask, values, self.shape)
+        except (RuntimeError, IndexError):
+            raise BillhookError(
+                f"{self.mask.file} is damaged at tensor {self.values.key[:-7]!r}: make it again."
+            ) from None
 
 
 @dataclass
@@ -63,14 +69,15 @@ class Checkpoint:
         if not (folder / "config.json").is_file():
             raise BillhookError(f"{folder} is not a Hugging Face model folder: it has no config.json.")
         index = folder / "model.safetensors.index.json"
+        listed: dict[str, str] = {}
         if (folder / COMPRESSED).is_file():
             files = [folder / COMPRESSED]
         elif index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError):
+                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = [folder / name for name in sorted(set(listed.values()))]
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise BillhookError(f"{index} is damaged: fetch the model again.") from None
-            files = [folder / name for name in names]
             missing = [path.name for path in files if not path.is_file()]
             if missing:
                 raise BillhookError(
@@ -90,10 +97,7 @@ class Checkpoint:
         tensors: dict[str, Stored | Packed] = {}
         for file in files:
             stored, metadata = read_index(file)
-            tensors.update(_packed(stored, metadata) if "billhook_storage" in metadata else stored)
-        if not index.is_file() or (folder / COMPRESSED).is_file():
-            return Checkpoint(folder, tensors, files)
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            tensors.update(_packed(file, stored, metadata) if "billhook_storage" in metadata else stored)
         lost = [key for key in listed if key not in tensors]
         if lost:
             raise BillhookError(f"{folder}: tensor {lost[0]!r} is in the index but in no shard: fetch it again.")
@@ -111,7 +115,7 @@ class Checkpoint:
         return result
 
 
-def _packed(stored: dict[str, Stored], metadata: dict[str, str]) -> dict[str, Stored | Packed]:
+def _packed(file: Path, stored: dict[str, Stored], metadata: dict[str, str]) -> dict[str, Stored | Packed]:
     if metadata["billhook_storage"] != bitmask.MARK:
         raise BillhookError(
             f"The weights are in billhook storage {metadata['billhook_storage']!r}, which this version does not "
@@ -121,7 +125,10 @@ def _packed(stored: dict[str, Stored], metadata: dict[str, str]) -> dict[str, St
     for key, entry in stored.items():
         if key.endswith(".bitmask") and f"{key[:-8]}.values" in stored:
             name = key[:-8]
-            shape = tuple(json.loads(metadata[f"{name}.shape"]))
+            try:
+                shape = tuple(json.loads(metadata[f"{name}.shape"]))
+            except (KeyError, ValueError, TypeError):
+                raise BillhookError(f"{file} is damaged: it does not tell the shape of {name!r}.") from None
             result[name] = Packed(entry, stored[f"{name}.values"], shape)
         elif not (key.endswith(".values") and f"{key[:-7]}.bitmask" in stored):
             result[key] = entry

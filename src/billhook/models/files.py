@@ -120,7 +120,7 @@ def _stored(file: Path, key: str, entry: dict[str, Any], start: int) -> Stored:
         raise BillhookError(f"{file}: tensor {key!r} has dtype {entry['dtype']}, which is not supported.")
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    if min(begin, *shape) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+    if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError("offsets do not fit the shape")
     return Stored(file, key, dtype, shape, start + begin, start + end)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from billhook.errors import BillhookError
 from billhook.models.checkpoint import COMPRESSED, Checkpoint, Packed
-from billhook.models.source import Streamed, attach, match_keys
+from billhook.models.source import Streamed, attach, fill_buffers, match_keys
 
 log = logging.getLogger("billhook")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -31,7 +31,7 @@ def resolve(name: str) -> Path:
 
     if name == "demo":
         return demo_model()
-    path = Path(name).expanduser()
+    path = _expanded(name)
     if path.is_dir():
         return path
     if path.is_file():
@@ -46,12 +46,20 @@ def resolve(name: str) -> Path:
             return gguf_to_folder(path, cache_dir() / "gguf" / key)
         raise BillhookError(f"{name} is a file but not a GGUF file: give a model folder, a .gguf file or a hub id.")
     local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.parent.is_dir()
+    local |= path.suffix.lower() == ".gguf"
     if local:
         raise BillhookError(
             f"No model {name!r}: it is no local folder or GGUF file, and not a hub id of the form owner/name; for a "
             "first try use 'demo'."
         )
     return _from_hub(name)
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~ of a user that does not exist
+        return Path(name)
 
 
 def _from_hub(name: str) -> Path:
@@ -103,6 +111,7 @@ def load(
     if keys is None and any(isinstance(t, Packed) for t in checkpoint.tensors.values()):
         raise BillhookError(f"{folder}: the names in {COMPRESSED} do not fit the model's configuration.")
     if keys is not None:
+        fill_buffers(model, checkpoint)
         refs = {param: checkpoint.tensors[key] for param, key in keys.items()}
         source = Streamed(refs, keys, checkpoint, own)
         if stream:
@@ -121,9 +130,17 @@ def load(
 
 def _from_pretrained(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
-        model: nn.Module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        model: nn.Module
+        model, loading = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # what is wrong with a model surfaces as many exception types
         raise BillhookError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        # Transformers fills these with random numbers and only warns.
+        raise BillhookError(
+            f"{folder} lacks {len(missing)} tensor(s) of {cls.__name__}, the first is {missing[0]!r}: fetch the model "
+            "again, or correct 'architectures' in its config.json."
+        )
     return model
 
 
@@ -133,8 +150,8 @@ def _skeleton(folder: Path) -> nn.Module:
     from accelerate import init_empty_weights
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # what is wrong with a configuration surfaces as many exception types
         raise BillhookError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
     names = getattr(config, "architectures", None) or []
     cls = getattr(transformers, names[0], None) if names else None
@@ -143,7 +160,7 @@ def _skeleton(folder: Path) -> nn.Module:
             model: nn.Module = (
                 cls._from_config(config) if cls else transformers.AutoModelForCausalLM.from_config(config)
             )
-    except (ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # as above
         raise BillhookError(
             f"{folder / 'config.json'} does not describe a usable model: {_first_line(error)}"
         ) from None
@@ -172,8 +189,8 @@ def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as for the configuration
         raise BillhookError(f"The tokenizer in {folder} cannot be loaded: {_first_line(error)}") from None
 
 

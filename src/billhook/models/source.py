@@ -151,19 +151,58 @@ def match_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | Non
     """Full parameter name -> key in the files; None where names do not correspond one to one.
 
     Checkpoints of a base model lack the prefix that the model with a head gives it, or the other way round;
-    tied parameters are stored once and are found under the name of the other.
+    tied parameters are stored once and are found under the name of the other; some families are stored under
+    older names than Transformers gives them in memory.
     """
+    renamed = _renamed(model, checkpoint)
+    if renamed is None:
+        return None
     prefix = getattr(model, "base_model_prefix", "")
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     keys: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names = [name, tied[name]] if name in tied else [name]
-        options = [k for n in names for k in (n, f"{prefix}.{n}", n.removeprefix(f"{prefix}."))]
-        key = next((k for k in options if k in checkpoint.tensors), None)
+        spelled = (renamed.get(k, k) for n in names for k in _spellings(n, prefix))
+        key = next((k for k in spelled if k in checkpoint.tensors), None)
         if key is None or tuple(checkpoint.tensors[key].shape) != tuple(parameter.shape):
             return None
         keys[name] = key
     return keys
+
+
+def _renamed(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:
+    """Name in memory -> key on disk where Transformers renames it; None where it also changes what is stored."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        changes = get_model_conversion_mapping(model)
+        renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+        converters = [change for change in changes if not isinstance(change, WeightRenaming)]
+        renamed = {}
+        for key in checkpoint.tensors:
+            name, converted = rename_source_key(key, renamings, converters)
+            if converted is not None:
+                return None
+            renamed[name] = key
+    except (ImportError, AttributeError, TypeError):  # not a Transformers model, or a version without these
+        return {}
+    return renamed
+
+
+def fill_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load the buffers that are part of a model's weights (running means, for example)."""
+    prefix = getattr(model, "base_model_prefix", "")
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        key = next((k for k in _spellings(name, prefix) if k in checkpoint.tensors), None)
+        if key is not None and name in persistent and tuple(checkpoint.tensors[key].shape) == tuple(buffer.shape):
+            buffer.copy_(checkpoint.tensors[key].read())
+
+
+def _spellings(name: str, prefix: str) -> tuple[str, str, str]:
+    """The keys that a name may have in a checkpoint."""
+    return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
 
 
 def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
