@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -156,6 +157,9 @@ def test_prune_without_data_options_of_a_vision_model(call: Call, make_folder: M
     done = call("prune", make_folder("vit"), "-m", "magnitude", "--sparsity", 0.25, "-o", "x", "--json", "-q")
     assert done.code == 0, done.err
     assert done.json["before"] is None
+    wrong = call("prune", Path("../model"), "-m", "magnitude", "--pattern", "3:5", "-o", "y", "-q")
+    assert "does not divide" in wrong.error
+    assert {p.name for p in Path().iterdir()} == {"x"}
 
 
 def test_json_is_one_object_on_stdout(call: Call, make_folder: MakeFolder, corpus: Path) -> None:
@@ -397,7 +401,8 @@ def test_version_of_the_script_and_help() -> None:
 @pytest.mark.parametrize("arguments", ["methods wanda --json", "methods --json"])  # less and more than a buffer
 def test_a_reader_that_leaves_early_is_no_trouble(arguments: str) -> None:
     script = f"{sys.executable} -c 'from billhook.cli import main; main()' {arguments} | true"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     assert done.stderr == ""
 
 

@@ -70,6 +70,11 @@ EvalLengthOption = Annotated[
 EvalWindowsOption = Annotated[int, typer.Option("--eval-windows", help="At most so many evaluation windows; 0: all.")]
 
 
+# Scripts pass the same options to every command; where one has no effect it is accepted and not shown.
+SeedIgnored = Annotated[int, typer.Option("--seed", hidden=True)]
+DeviceIgnored = Annotated[str, typer.Option("--device", hidden=True)]
+DtypeIgnored = Annotated[str, typer.Option("--dtype", hidden=True)]
+
 _DATA: str = Job.model_fields["data"].default
 _SAMPLES: int = Job.model_fields["samples"].default
 _LENGTH: int = Job.model_fields["length"].default
@@ -332,7 +337,11 @@ def compare(
 @app.command(name="methods")
 def list_methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show one method's card.")] = None,
+    seed: SeedIgnored = 0,
+    device: DeviceIgnored = "auto",
+    dtype: DtypeIgnored = "auto",
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """List the methods, or show one's card: paper, hyperparameters with ranges, needs, when to use it.
 
@@ -359,7 +368,11 @@ def list_methods(
 @app.command(name="inspect")
 def inspect_(
     model: ModelArgument,
+    seed: SeedIgnored = 0,
+    device: DeviceIgnored = "auto",
+    dtype: DtypeIgnored = "auto",
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Show what a model is made of: blocks, sites, groups, parameters, and what billhook can do with it.
 
@@ -367,7 +380,7 @@ def inspect_(
     """
     from billhook.describe import describe_model
 
-    _hush(quiet=False)
+    _hush(quiet)
     facts = describe_model(model)
     if as_json:
         _print_json(facts)
@@ -393,7 +406,11 @@ def export(
     format_: Annotated[Literal["hf"], typer.Option("--format", help="hf: plain dense safetensors.")] = "hf",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default DIR-hf.")] = None,
     force: ForceOption = False,
+    seed: SeedIgnored = 0,
+    device: DeviceIgnored = "auto",
+    dtype: DtypeIgnored = "auto",
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Turn a folder in compressed storage back into a plain Hugging Face folder.
 
@@ -401,13 +418,13 @@ def export(
     """
     from billhook.run import export_plain
 
-    _hush(quiet=False)
+    _hush(quiet)
     place = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
     target = out or place.with_name(place.name + "-hf")
     export_plain(folder, target, force=force)
     if as_json:
         _print_json({"out": str(target), "format": format_})
-    else:
+    elif not quiet:
         _say(f"Written: {target}")
 
 

@@ -136,8 +136,9 @@ def execute(job: Job, *, force: bool = False) -> tuple[Report, bool]:
     refuse_source(model, target)
     family = anatomy_of(model)
     batches, windows, calibration = prepare_data(job, model, tokenizer, family, steps)
-    for method in steps:
-        method.check(Walk(model, batches, needs="forward" if batches else "nothing"))
+    if batches:  # without any, nothing comes before the steps' own checks
+        for method in steps:
+            method.check(Walk(model, batches, needs="forward"))
 
     report = _blank(model, steps, options, job.model)
     report.seed, report.storage, report.calibration = job.seed, job.storage, calibration

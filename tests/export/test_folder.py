@@ -20,6 +20,7 @@ from billhook.errors import BillhookError
 from billhook.export import Target, assemble, compress, compressed, expand, folder
 from billhook.models.checkpoint import COMPRESSED, Checkpoint
 from billhook.models.files import DiskFull
+from billhook.models.source import source_of
 from billhook.run import export_plain
 from tiny import batches_for, build, tiny_tokenizer, weights_of
 
@@ -127,6 +128,7 @@ def test_families_that_are_stored_under_other_names_keep_them(
 ) -> None:
     monkeypatch.setattr(folder, "_SINGLE_FILE_LIMIT", limit)
     model, _ = bh.load(make_folder(family), stream=True)
+    assert source_of(model).streams
     bh.prune(model, bh.Magnitude(sparsity=0.5), out=tmp_path / "out")
     stored = Checkpoint.open(tmp_path / "out").tensors
     assert {*stored} == {*Checkpoint.open(tmp_path / "model").tensors}
