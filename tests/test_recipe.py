@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import billhook as bh
 from billhook.errors import BillhookError
+from billhook.methods import methods
 from billhook.recipe import Job, job, parse_recipe, read_recipe
 
 GOOD = """\
@@ -138,12 +139,12 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.integers(), inner, max_size=3),
     max_leaves=6,
 )
-OPTION_NAMES = sorted({name for cls in bh.methods().values() for name in cls.model_fields})
+OPTION_NAMES = sorted({name for cls in methods().values() for name in cls.model_fields})
 STEP_KEYS = st.sampled_from(["method", "name", "self", *OPTION_NAMES]) | st.text(max_size=6)
 STEPS = st.lists(
     st.dictionaries(STEP_KEYS, VALUES, max_size=4)
     | st.fixed_dictionaries(
-        {"method": st.sampled_from(sorted(bh.methods()))},
+        {"method": st.sampled_from(sorted(methods()))},
         optional=dict.fromkeys(OPTION_NAMES, VALUES),
     ),
     max_size=3,
@@ -209,7 +210,7 @@ def test_any_job(value: dict[str, Any]) -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(
-    name=st.sampled_from(sorted(bh.methods())),
+    name=st.sampled_from(sorted(methods())),
     options=st.dictionaries(st.sampled_from(OPTION_NAMES) | st.sampled_from(["sparsty", "x", ""]), VALUES, max_size=4),
 )
 def test_any_options(name: str, options: dict[str, Any]) -> None:

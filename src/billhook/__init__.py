@@ -9,11 +9,12 @@ bh.save(model, tokenizer, "out/x", report)
 """
 
 from billhook.anatomy import MLP, Anatomy, Attention, declare
-from billhook.calibration import ColumnNorm, Gram, Statistic, Walk, calibration, evaluation, walk
+from billhook.calibrate import ColumnNorm, Gram, Statistic, Walk, calibration, evaluation
+from billhook.calibrate.walk import walk
 from billhook.errors import BillhookError
 from billhook.export import save
 from billhook.measure import perplexity
-from billhook.methods import RIA, Magnitude, Method, SparseGPT, Wanda, method, methods, register
+from billhook.methods import RIA, Magnitude, Method, SparseGPT, Wanda, method, register
 from billhook.models.load import load
 from billhook.record import Report
 from billhook.run import prune
@@ -42,7 +43,6 @@ __all__ = [
     "evaluation",
     "load",
     "method",
-    "methods",
     "perplexity",
     "prune",
     "register",

@@ -451,7 +451,7 @@ def _run(values: dict[str, Any] | Job, force: bool, as_json: bool, quiet: bool) 
 def _start(quiet: bool, as_json: bool, device: str) -> None:
     """Logging, progress and processes, before any work."""
     from billhook import progress
-    from billhook.calibration import distributed
+    from billhook.calibrate import distributed
     from billhook.system import parse_device
 
     distributed.start(parse_device(device))
@@ -489,7 +489,7 @@ def _print_json(value: Any) -> None:
 
 def main() -> None:
     """Entry point of the console script: a user's mistake is one sentence and exit code 2."""
-    from billhook.calibration import distributed
+    from billhook.calibrate import distributed
 
     try:
         code = app(standalone_mode=False)

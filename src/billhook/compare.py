@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from billhook.anatomy import anatomy_of
-from billhook.calibration import distributed
-from billhook.calibration.walk import Walk
+from billhook.calibrate import distributed
+from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError
 from billhook.export import Target
 from billhook.measure import evaluate

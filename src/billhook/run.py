@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy, anatomy_of
-from billhook.calibration import data, distributed
-from billhook.calibration.capture import Batch
-from billhook.calibration.journal import Journal
-from billhook.calibration.precision import Precision, resolve
-from billhook.calibration.walk import Walk
+from billhook.calibrate import data, distributed
+from billhook.calibrate.capture import Batch
+from billhook.calibrate.journal import Journal
+from billhook.calibrate.precision import Precision, resolve
+from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError
 from billhook.export import Target, assemble, expand, write_pages
 from billhook.measure import evaluate, folder_size, model_size

@@ -68,7 +68,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         BillhookError: it is none of these.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if not match or float(match[1]) <= 0:
         raise BillhookError(f"{text!r} is not an amount of memory: write for example 2GB or 800MiB.")
     power = " kmgt".index(match[2] or " ")

@@ -17,7 +17,7 @@ import billhook as bh
 from billhook.anatomy import anatomy as declarations
 from billhook.anatomy import anatomy_of, block_names, families, find_blocks, sites_of
 from billhook.anatomy.sites import stages_of
-from billhook.calibration.statistics import Statistic
+from billhook.calibrate.statistics import Statistic
 from billhook.errors import BillhookError
 from tiny import FAMILIES, batches_for, build
 

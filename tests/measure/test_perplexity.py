@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import billhook as bh
-from billhook.calibration.walk import Walk
+from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError
 from billhook.measure import evaluate, folder_size, model_size
 from billhook.system import resident_memory

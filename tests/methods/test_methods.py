@@ -7,7 +7,7 @@ import torch
 
 import billhook as bh
 from billhook.anatomy import anatomy_of, sites_of
-from billhook.calibration.gram import Gram
+from billhook.calibrate.gram import Gram
 from billhook.sparsity.obs import quadratic_loss, sweep
 from tiny import batches_for, build, weights_of
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from billhook import BillhookError
-from billhook.calibration.gram import damped, inverse_cholesky
+from billhook.calibrate.gram import damped, inverse_cholesky
 from billhook.sparsity.obs import joint_least_squares, quadratic_loss, sweep
 from billhook.sparsity.patterns import NM
 from billhook.sparsity.select import budget, keep_largest

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy, anatomy_of
-from billhook.calibration import distributed
-from billhook.calibration.capture import feed, inference
-from billhook.calibration.walk import Walk
+from billhook.calibrate import distributed
+from billhook.calibrate.capture import feed, inference
+from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError
 from billhook.models.source import source_of
 from billhook.progress import Bar, bar

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from billhook.calibration.walk import Needs, Walk
+from billhook.calibrate.walk import Needs, Walk
 from billhook.errors import BillhookError, nearest
 from billhook.sparsity.allocations import allocate
 from billhook.sparsity.patterns import NM, Pattern, Scope, Unstructured, parse_pattern
@@ -40,7 +40,7 @@ class Method(BaseModel):
     summary: ClassVar[str]  # what it does, one sentence
     when: ClassVar[str]  # when to use it, and when not
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, /, **options: Any) -> None:
         try:
             super().__init__(**options)
         except ValidationError as error:
@@ -131,7 +131,7 @@ def methods() -> dict[str, type[Method]]:
     return dict(sorted(_METHODS.items()))
 
 
-def method(name: str, **options: Any) -> Method:
+def method(name: str, /, **options: Any) -> Method:
     """Make a method by its name.
 
     Raises:

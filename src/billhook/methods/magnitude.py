@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from billhook.calibration.walk import Walk
+from billhook.calibrate.walk import Walk
 from billhook.methods.base import Paper, SparseMethod, register
 from billhook.sparsity.patterns import Pattern, Unstructured
 from billhook.sparsity.saliency import magnitude

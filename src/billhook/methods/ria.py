@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from billhook.calibration.statistics import ColumnNorm
-from billhook.calibration.walk import Walk
+from billhook.calibrate.statistics import ColumnNorm
+from billhook.calibrate.walk import Walk
 from billhook.methods.base import Paper, SparseMethod, register
 from billhook.sparsity.patterns import Scope
 from billhook.sparsity.saliency import ria

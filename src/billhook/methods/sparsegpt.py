@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from billhook.calibration.gram import Gram
-from billhook.calibration.walk import Walk
+from billhook.calibrate.gram import Gram
+from billhook.calibrate.walk import Walk
 from billhook.methods.base import Paper, SparseMethod, register
 from billhook.sparsity.obs import sweep
 from billhook.sparsity.patterns import Scope

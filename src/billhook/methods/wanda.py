@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from billhook.calibration.statistics import ColumnNorm
-from billhook.calibration.walk import Walk
+from billhook.calibrate.statistics import ColumnNorm
+from billhook.calibrate.walk import Walk
 from billhook.methods.base import Paper, SparseMethod, register
 from billhook.sparsity.saliency import wanda
 

@@ -96,6 +96,22 @@ class Streamed:
             check_finite(full, {"": tensor})
             _assign(module, local, tensor.to(device))
 
+    def check_rest(self, blocks: str) -> None:
+        """Refuse NaN or infinite values outside the blocks, whose path is `blocks`; reads piece by piece.
+
+        Blocks are checked when they are loaded; embeddings and head are only mapped or never loaded at all.
+
+        Raises:
+            BillhookError: names the tensor.
+        """
+        for name, ref in self.refs.items():
+            if name.startswith(f"{blocks}.") or not ref.dtype.is_floating_point:
+                continue
+            pieces = ref.chunks() if isinstance(ref, Stored) else [ref.read()]
+            for piece in pieces:
+                values = piece if isinstance(piece, Tensor) else torch.frombuffer(bytearray(piece), dtype=ref.dtype)
+                check_finite(name, {"": values})
+
     def read(self, name: str) -> Tensor:
         """One parameter, in the dtype of the model."""
         tensor = self.refs[name].read()

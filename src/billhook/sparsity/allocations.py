@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from billhook.calibration.walk import Walk
+from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError, nearest
 from billhook.sparsity.saliency import magnitude
 from billhook.sparsity.select import budget, global_counts

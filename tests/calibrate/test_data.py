@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from billhook.calibration import data, wikiprose
-from billhook.calibration.data import (
+from billhook.calibrate import data, wikiprose
+from billhook.calibrate.data import (
     calibration,
     documents,
     evaluation,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from billhook.calibration.activations import Activations
+from billhook.calibrate.activations import Activations
 from billhook.models.files import Entry, Stored, read_index, write, write_atomically
 
 

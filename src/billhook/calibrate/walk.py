@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy, Site, anatomy_of, block_names, find_blocks, sites_of
 from billhook.anatomy.sites import stages_of
-from billhook.calibration import distributed
-from billhook.calibration.activations import Activations
-from billhook.calibration.capture import Batch, Capture, Stop, inference, surroundings
-from billhook.calibration.journal import Journal, block_tensors
-from billhook.calibration.precision import Precision, forward_precision, resolve, statistics_precision
-from billhook.calibration.statistics import Statistic
+from billhook.calibrate import distributed
+from billhook.calibrate.activations import Activations
+from billhook.calibrate.capture import Batch, Capture, Stop, inference, surroundings
+from billhook.calibrate.journal import Journal, block_tensors
+from billhook.calibrate.precision import Precision, forward_precision, resolve, statistics_precision
+from billhook.calibrate.statistics import Statistic
 from billhook.errors import BillhookError
 from billhook.models.source import Streamed, dtype_of, source_of
 from billhook.progress import bar
@@ -337,6 +337,8 @@ class Walk:
     def _begin(self, done: int) -> int:
         """Fill `inputs` for the first block that must be passed; returns that block's index."""
         rank, world = distributed.rank(), distributed.world()
+        if isinstance(self.source, Streamed) and done == 0:
+            self.source.check_rest(self.anatomy.blocks)
         self._capture = Capture(self.model, self.anatomy, self.source, self.device, self.batches)
         if not self.batches or done == len(self.blocks):
             return done

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 import billhook as bh
 from billhook.anatomy import anatomy_of, find_blocks
-from billhook.calibration import distributed
-from billhook.calibration.activations import Activations
-from billhook.calibration.journal import Journal
-from billhook.calibration.walk import Walk
+from billhook.calibrate import distributed
+from billhook.calibrate.activations import Activations
+from billhook.calibrate.journal import Journal
+from billhook.calibrate.walk import Walk
 from tiny import FAMILIES, TEXT_FAMILIES, batches_for, build, weights_of
 
 
@@ -168,7 +168,7 @@ _SCRIPT = """
 import sys, time, torch
 sys.path[:0] = {paths!r}
 import billhook as bh
-from billhook.calibration import distributed, journal
+from billhook.calibrate import distributed, journal
 from tiny import batches_for
 torch.set_num_threads(1)
 distributed.start(torch.device("cpu"))

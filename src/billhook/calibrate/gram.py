@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from billhook.calibration.statistics import Statistic
+from billhook.calibrate.statistics import Statistic
 from billhook.errors import BillhookError
 
 
