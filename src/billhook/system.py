@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -118,6 +119,13 @@ def parse_dtype(text: str) -> torch.dtype | None:
     if text not in _DTYPES:
         raise BillhookError(f"{text!r} is not a dtype: use auto, float32, bfloat16 or float16.")
     return _DTYPES[text]
+
+
+def release_memory() -> None:
+    """Give freed heap memory back to the system (glibc keeps it otherwise, and fragments)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak_memory() -> None:

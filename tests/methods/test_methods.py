@@ -7,7 +7,7 @@ import torch
 
 import billhook as bh
 from billhook.anatomy import anatomy_of, sites_of
-from billhook.calibrate.gram import Gram
+from billhook.calibrate.gram import Gram, inverse_cholesky
 from billhook.sparsity.obs import quadratic_loss, sweep
 from tiny import batches_for, build, weights_of
 
@@ -55,7 +55,7 @@ def test_sparsegpt_beats_wanda_and_magnitude_on_the_layer_problem() -> None:
     for site in block.sites:
         weight = site.weight.clone()
         gram = grams[site].matrix
-        swept, keep = sweep(weight, grams[site].inverse_factor(0.01), sparsity=0.5)
+        swept, keep = sweep(weight, inverse_cholesky(grams[site].matrix), sparsity=0.5)
         loss = quadratic_loss(weight, swept, gram)
         assert loss < quadratic_loss(weight, weight * keep, gram)
         by_size = bh.Magnitude(sparsity=0.5).density_pattern.keep(weight.abs(), 0.5)

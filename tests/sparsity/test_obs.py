@@ -210,3 +210,14 @@ def test_damping_grows_until_the_factorisation_succeeds() -> None:
         inverse_cholesky(torch.diag(torch.tensor([1.0, 1.0, -50.0])), 0.01)
     with pytest.raises(BillhookError, match="not finite"):
         inverse_cholesky(torch.full((3, 3), float("nan")))
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.6}, {"sparsity": 0.6, "scope": "row"}, {"pattern": NM(2, 4)}])
+def test_matrices_of_one_input_swept_at_once_equal_one_sweep_each(options: dict[str, object]) -> None:
+    heights = [5, 2, 9]
+    weight, gram = problem(sum(heights), 40, seed=12)
+    upper = inverse_cholesky(gram)
+    together, keep = sweep(weight, upper, block_size=16, matrices=heights, **options)  # type: ignore[arg-type]
+    parts = [sweep(part, upper, block_size=16, **options) for part in weight.split(heights)]  # type: ignore[arg-type]
+    assert torch.equal(keep, torch.cat([mask for _, mask in parts]))
+    torch.testing.assert_close(together, torch.cat([new for new, _ in parts]), rtol=1e-10, atol=1e-10)

@@ -45,7 +45,7 @@ _HELD_OUT = 0.2
 # How far from the wanted place, as a share of the text, a cleaner cut may lie before a finer one is taken.
 _CUT_TOLERANCE = 0.1
 
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 2048
 # The C4 protocol redraws documents until one is long enough; a bound turns an endless search into an error.
 _MAX_DRAWS = 20_000
 _C4_VALIDATION_DOCUMENTS = 1100
@@ -125,7 +125,7 @@ def calibration(
     """Random windows of the calibration part, in batches.
 
     Returns LongTensors [b, length] of token ids on the CPU, `samples` rows in all; the last batch may have
-    fewer rows. `batch` is b; None chooses it so that a batch holds about 4096 tokens. Windows are drawn with
+    fewer rows. `batch` is b; None chooses it so that a batch holds about 2048 tokens. Windows are drawn with
     replacement, starting anywhere in the token stream; for `c4`, each lies in one random document that is
     longer than `length`. The same seed gives the same windows.
 

@@ -20,7 +20,6 @@ class Gram(Statistic["Gram"]):
         super().__init__(width, device)
         self.matrix = torch.zeros(width, width, dtype=torch.float32, device=device)
         self.sums = [self.matrix]
-        self._factors: dict[float, Tensor] = {}
 
     def update(self, x: Tensor) -> None:
         x = x.float()
@@ -33,12 +32,6 @@ class Gram(Statistic["Gram"]):
     def dead(self) -> Tensor:
         """bool [in]: channels that are zero on all calibration data."""
         return self.matrix.diagonal() == 0
-
-    def inverse_factor(self, damping: float) -> Tensor:
-        """U of `inverse_cholesky`, computed once for all sites that share this input."""
-        if damping not in self._factors:
-            self._factors[damping] = inverse_cholesky(self.matrix, damping)
-        return self._factors[damping]
 
     @staticmethod
     def bytes(width: int) -> int:

@@ -35,7 +35,7 @@ from billhook.errors import BillhookError
 from billhook.models.source import Streamed, dtype_of, source_of
 from billhook.progress import bar
 from billhook.record import BlockRecord, SiteRecord
-from billhook.system import peak_memory, resident_memory
+from billhook.system import peak_memory, release_memory, resident_memory
 
 R = TypeVar("R")
 Needs = Literal["calibration", "nothing", "forward"]
@@ -408,6 +408,7 @@ class Walk:
             if self.journal is not None:
                 last_snapshot = self._commit(block, record, sites, last_snapshot)
             self.source.release(block.module, block.name)
+            release_memory()
         record.seconds = dict(block.seconds)
         record.peak_memory = peak_memory()
         self.block_records.append(record)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field
 
-from billhook.calibrate.gram import Gram
+from billhook.anatomy import Site
+from billhook.calibrate.gram import Gram, inverse_cholesky
 from billhook.calibrate.walk import Walk
 from billhook.methods.base import Paper, SparseMethod, register
 from billhook.sparsity.obs import sweep
@@ -44,15 +46,25 @@ class SparseGPT(SparseMethod):
         for block in walk:
             for sites in block.stages if self.true_sequential else [block.sites]:
                 grams = block.collect(Gram, sites)
-                for site in sites:
-                    gram = grams[site]
+                for together in _sharing(sites, grams, sparsity):
+                    gram = grams[together[0]]
                     weight, _ = sweep(
-                        site.weight.float(),
-                        gram.inverse_factor(self.damping),
-                        sparsity=sparsity[site.name],
+                        torch.cat([site.weight.float() for site in together]),
+                        inverse_cholesky(gram.matrix, self.damping),
+                        sparsity=sparsity[together[0].name],
                         pattern=self.nm,
                         scope=self.scope,
                         dead=gram.dead,
                         block_size=self.block_size,
+                        matrices=[site.shape[0] for site in together],
                     )
-                    site.write(weight)
+                    for site, part in zip(together, torch.split(weight, [s.shape[0] for s in together]), strict=True):
+                        site.write(part)
+
+
+def _sharing(sites: list[Site], grams: dict[Site, Gram], sparsity: dict[str, float]) -> list[list[Site]]:
+    """Sites of one input and one target: rows are independent, so they are swept as one tall matrix."""
+    groups: dict[tuple[int, float], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((id(grams[site]), sparsity[site.name]), []).append(site)
+    return list(groups.values())

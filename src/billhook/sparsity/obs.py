@@ -6,6 +6,8 @@ the layer's input; rows of W are independent and share H.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ def sweep(
     keep: Tensor | None = None,
     dead: Tensor | None = None,
     block_size: int = 128,
+    matrices: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """SparseGPT's sweep (Frantar & Alistarh 2023, algorithm 1): prune column by column, repair to the right.
 
@@ -42,6 +45,8 @@ def sweep(
         keep: a fixed bool mask [out, in]; the sweep is then a pure weight update for it.
         dead: bool [in], channels whose input is always zero: they are pruned first and disturb nothing.
         block_size: columns per block.
+        matrices: row counts of several matrices that share the input and are swept at once, stacked in `weight`;
+            in scope "layer" each has a budget of its own. The result is that of one sweep per matrix.
 
     Returns:
         (Ŵ, mask): the new weight with exact zeros, and the bool mask [out, in] of what was kept.
@@ -53,7 +58,8 @@ def sweep(
     if pattern is not None:
         block_size = max(1, block_size // pattern.m) * pattern.m
     diagonal = upper.diagonal()
-    pruned = 0
+    heights = list(matrices or [rows])
+    pruned = [0] * len(heights)
 
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
@@ -70,10 +76,13 @@ def sweep(
                 share = budget(end, sparsity) - budget(start, sparsity)
                 mask[start:end] = keep_largest(score.T, share).T
             else:
-                share = budget(rows * end, sparsity) - pruned
-                chosen = keep_largest(score.T.reshape(1, -1), share)
-                mask[start:end] = chosen.view(rows, width).T
-                pruned += share
+                top = 0
+                for m, height in enumerate(heights):
+                    share = budget(height * end, sparsity) - pruned[m]
+                    chosen = keep_largest(score[:, top : top + height].T.reshape(1, -1), share)
+                    mask[start:end, top : top + height] = chosen.view(height, width).T
+                    pruned[m] += share
+                    top += height
         error = torch.empty_like(block)
         # Two levels of blocking: rank-one updates touch _INNER columns only, the rest follows as one product.
         inner_size = _INNER if pattern is None else max(1, _INNER // pattern.m) * pattern.m
