@@ -79,7 +79,8 @@ def test_command_line_end_to_end(tmp_path: Path) -> None:
     )
     report = json.loads(done.stdout)
     assert report["after"]["perplexity"] > report["before"]["perplexity"]
-    assert report["steps"][0]["sites"][0]["sparsity"] == 0.5
+    # the demo model's own quantization left a few zeros of its own
+    assert report["steps"][0]["sites"][0]["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert len(report["steps"][0]["blocks"]) == 30
     for name in ("config.json", "tokenizer.json", "billhook.json", "report.html", "README.md"):
         assert (out / name).is_file(), name

@@ -22,6 +22,12 @@ def peak_memory() -> int:
     """Peak resident memory of this process so far, in bytes, from the operating system."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage would start from the parent's memory at the time of the fork
+        match = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))
+        if match:
+            return int(match[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
