@@ -33,10 +33,6 @@ class Gram(Statistic["Gram"]):
         """bool [in]: channels that are zero on all calibration data."""
         return self.matrix.diagonal() == 0
 
-    @staticmethod
-    def bytes(width: int) -> int:
-        return 4 * 3 * width * width  # the matrix, its damped copy and its factor
-
 
 def damped(gram: Tensor, damping: float) -> Tensor:
     """H with dead channels (H_jj = 0) given a unit diagonal, plus damping · mean(diag H) on the diagonal."""

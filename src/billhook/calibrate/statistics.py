@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ class Statistic(ABC, Generic[R]):
     """
 
     sums: list[Tensor]
-    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.width = width
@@ -32,11 +31,6 @@ class Statistic(ABC, Generic[R]):
     @abstractmethod
     def result(self) -> R:
         """What the method reads, after all tokens of all processes were added."""
-
-    @staticmethod
-    @abstractmethod
-    def bytes(width: int) -> int:
-        """Memory it takes for an input of this width."""
 
 
 class ColumnNorm(Statistic[Tensor]):
@@ -53,7 +47,3 @@ class ColumnNorm(Statistic[Tensor]):
 
     def result(self) -> Tensor:
         return self.square_sum.sqrt()
-
-    @staticmethod
-    def bytes(width: int) -> int:
-        return 4 * width

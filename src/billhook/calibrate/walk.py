@@ -252,6 +252,7 @@ class Walk:
         self.site_records: list[SiteRecord] = []
         self.resumed_at = 0
         self.current: Block | None = None
+        self._snapshot_cost = 0.0  # seconds that saving the hidden states took last time
 
         first = next(p for block in self.blocks for p in block.parameters())
         default = "cpu" if first.device.type == "meta" else first.device
@@ -439,8 +440,6 @@ class Walk:
         if latest is not None:
             self.journal.forget_inputs(latest[0], rank, world)
         return last_snapshot
-
-    _snapshot_cost = 0.0
 
     def close(self) -> None:
         """Drop the hidden states and scratch files."""
