@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -46,9 +47,9 @@ class Method(BaseModel):
         except ValidationError as error:
             raise BillhookError(_sentence(error, type(self))) from None
 
+    @abstractmethod
     def prune(self, walk: Walk) -> None:
         """Edit the weights of every block that the walk yields."""
-        raise NotImplementedError(type(self).__name__)
 
     def check(self, walk: Walk) -> None:
         """Refuse what cannot work on this model, before any work is done."""
