@@ -4,8 +4,8 @@
 
 Every run is a process of its own (ours_worker.py with this python, peer_worker.py with the peer's). Both get
 the same calibration tokens in the same order and as many threads, each in batches of the size that suits it.
-The two take turns, and who goes first changes from round to round. The first output of each is judged by
-protocol.py, which knows neither tool. Memory is that of the whole process, libraries included; their share
+The two take turns, and who goes first changes from round to round; every round has a calibration draw of its own.
+When all is timed, every output is judged by protocol.py, which knows neither tool. Memory is that of the whole process, libraries included; their share
 is rss_imported_mib in the JSON.
 
 This process imports neither torch nor any tool: a child's peak memory, as the kernel counts it, starts from
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -61,29 +61,38 @@ def judge(args: argparse.Namespace, folder: str | Path) -> dict[str, Any]:
     return call(command + (["--windows", str(args.windows)] if args.windows else []))
 
 
-def compare(args: argparse.Namespace, tokens: Path, work: Path, method: str, pattern: str) -> dict[str, Any]:
-    """All runs of one configuration, the judged perplexities and the medians."""
+def measure(args: argparse.Namespace, work: Path, method: str, pattern: str) -> dict[str, Any]:
+    """The timed runs of one configuration; their outputs stay in `work` for the judge."""
     runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in TOOLS}
-    judged: dict[str, dict[str, Any]] = {}
-    for turn in range(args.runs):
+    for turn, seed in enumerate(args.seeds):
         for tool in TOOLS if turn % 2 == 0 else TOOLS[::-1]:
-            out = work / f"{tool}-out"
-            result = call(worker(tool, args, tokens, method, pattern, out))
-            print(f"{method} {pattern} run {turn + 1} {tool}: {result['seconds']:.1f} s", file=sys.stderr)
-            if tool not in judged:
-                judged[tool] = judge(args, out)
-            shutil.rmtree(out)
-            runs[tool].append({key: value for key, value in result.items() if key != "out"})
-    summary = {}
+            out = work / f"{method}-{pattern.replace(':', 'of')}-{tool}-{seed}"
+            tokens = work / f"calibration-{seed}.safetensors"
+            result = call(worker(tool, args, tokens, method, pattern, out)) | {"seed": seed, "out": str(out)}
+            print(f"{method} {pattern} seed {seed} {tool}: {result['seconds']:.1f} s", file=sys.stderr)
+            runs[tool].append(result)
+    return {"method": method, "pattern": pattern, "runs": runs}
+
+
+def judged(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    """The result with a perplexity for every run, and the medians; perplexities are averaged in the logarithm."""
+    runs = result["runs"]
     for tool in TOOLS:
-        keys = ("seconds", "rss_imported_mib", "rss_loaded_mib", "rss_peak_mib")
-        summary[tool] = {key: median(run[key] for run in runs[tool]) for key in keys} | judged[tool]
-    ratio = {key: summary["ours"][key] / summary["peer"][key] for _, key, _, _ in COLUMNS}
-    return {"method": method, "pattern": pattern, **summary, "ratio": ratio, "runs": runs}
+        for run in runs[tool]:
+            if run.get("out"):
+                run |= judge(args, run["out"])
+                print(f"{run['method']} {run['pattern']} {tool}: {run['perplexity']:.2f}", file=sys.stderr)
+                shutil.rmtree(run.pop("out"))
+    keys = ("seconds", "rss_imported_mib", "rss_loaded_mib", "rss_peak_mib")
+    for tool in TOOLS:
+        result[tool] = {key: median(run[key] for run in runs[tool]) for key in keys}
+        result[tool]["perplexity"] = geometric_mean([run["perplexity"] for run in runs[tool]])
+    result["ratio"] = {key: result["ours"][key] / result["peer"][key] for _, key, _, _ in COLUMNS}
+    return result
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Medians as a markdown table; each ratio is ours divided by theirs."""
+    """The summary as a markdown table; each ratio is ours divided by theirs."""
     head = ["configuration"]
     for name, _, unit, _ in COLUMNS:
         head += [f"{name} ours{f' ({unit})' if unit else ''}", "theirs", "ratio"]
@@ -101,9 +110,9 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="plain Hugging Face model folder, fp32")
     parser.add_argument("--wikitext", required=True, help="folder with the raw WikiText-2 files")
     parser.add_argument("--peer-python", required=True, help="python of a venv with llmcompressor 0.14")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration draws, a round each")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=8, help="calibration batch of ours")
+    parser.add_argument("--batch-size", type=int, default=4, help="calibration batch of ours")
     parser.add_argument("--peer-batch-size", type=int, default=1, help="of the peer; see peer_worker.py")
     parser.add_argument("--sparsity", type=float, default=0.5, help="of the unstructured configurations")
     parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"])
@@ -118,38 +127,37 @@ def main() -> None:
     protocol = [sys.executable, str(HERE / "protocol.py")]
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         work = Path(folder)
-        tokens = work / "calibration.safetensors"
-        command = [
-            *protocol,
-            "tokens",
-            "--model",
-            args.model,
-            "--wikitext",
-            args.wikitext,
-            "--out",
-            str(tokens),
-        ]
-        command += ["--samples", str(args.samples)] if args.samples else []
-        command += ["--length", str(args.length)] if args.length else []
         report: dict[str, Any] = {
             "machine": call([*protocol, "machine"]),
             "threads": args.threads,
             "batch_size": {"ours": args.batch_size, "peer": args.peer_batch_size},
-            "calibration": call(command),
-            "dense": judge(args, args.model),
             "results": [],
         }
+        for seed in args.seeds:
+            command = [*protocol, "tokens", "--model", args.model, "--wikitext", args.wikitext, "--seed", str(seed)]
+            command += ["--out", str(work / f"calibration-{seed}.safetensors")]
+            command += ["--samples", str(args.samples)] if args.samples else []
+            command += ["--length", str(args.length)] if args.length else []
+            report["calibration"] = call(command)
+
+        def keep() -> None:  # often, so that an interrupted session keeps what it has
+            Path(args.out).write_text(json.dumps(report, indent=2) + "\n", encoding="utf8")
+
         for method in args.methods:
             for pattern in args.patterns:
-                result = compare(args, tokens, work, method, pattern)
+                result = measure(args, work, method, pattern)
                 result["label"] = f"{args.sparsity:.0%}" if pattern == "unstructured" else pattern
                 report["results"].append(result)
-                # Written after every configuration, so that an interrupted session keeps what it has.
-                Path(args.out).write_text(json.dumps(report, indent=2) + "\n", encoding="utf8")
+                keep()
+        print("Timing is done; judging.", file=sys.stderr)
+        report["dense"] = judge(args, args.model)
+        for result in report["results"]:
+            judged(args, result)
+            keep()
     calibration, dense = report["calibration"], report["dense"]
     print(
-        f"Medians of {args.runs} alternating runs, {args.threads} threads; calibration on "
-        f"{calibration['samples']} x {calibration['length']} tokens, perplexity on "
+        f"Medians of {len(args.seeds)} alternating runs, {args.threads} threads; calibration on "
+        f"{calibration['samples']} x {calibration['length']} tokens, perplexity (geometric mean) on "
         f"{dense['windows']} x {dense['window_length']} (dense {dense['perplexity']:.2f}). "
         "Ratios are ours / theirs.\n"
     )

@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--out", help="tokens: safetensors file to write the calibration ids to")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="tokens: how many sequences")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens: how long each is")
+    parser.add_argument("--seed", type=int, default=SEED, help="tokens: which draw")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="perplexity: how many windows")
     parser.add_argument("--window-length", type=int, default=WINDOW_LENGTH, help="perplexity: how long each is")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
@@ -145,7 +146,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     if args.step == "tokens":
-        ids = calibration_tokens(tokenizer, args.wikitext, args.samples, args.length)
+        ids = calibration_tokens(tokenizer, args.wikitext, args.samples, args.length, args.seed)
         save_file({"input_ids": ids}, args.out)
         print(json.dumps({"samples": ids.shape[0], "length": ids.shape[1], "sum": int(ids.sum())}))
         return

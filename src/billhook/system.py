@@ -127,6 +127,14 @@ def parse_dtype(text: str) -> torch.dtype | None:
     return _DTYPES[text]
 
 
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite; one pass and no temporary (minimum and maximum carry NaN and infinity)."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def release_memory() -> None:
     """Give freed heap memory back to the system (glibc keeps it otherwise, and fragments)."""
     if sys.platform == "linux":

@@ -35,7 +35,7 @@ from billhook.errors import BillhookError
 from billhook.models.source import Streamed, dtype_of, source_of
 from billhook.progress import bar
 from billhook.record import BlockRecord, SiteRecord
-from billhook.system import peak_memory, release_memory, resident_memory
+from billhook.system import finite, peak_memory, release_memory, resident_memory
 
 R = TypeVar("R")
 Needs = Literal["calibration", "nothing", "forward"]
@@ -98,7 +98,7 @@ class Block:
             for one in distinct:
                 distributed.sum_(one.sums)
             for site in wanted:
-                if not all(_finite(t) for t in statistics[site].sums):
+                if not all(finite(t) for t in statistics[site].sums):
                     raise BillhookError(
                         f"The input of {site.name} (block {self.index}) is not finite on the calibration data: use "
                         "a wider --dtype such as float32, or check the model."
@@ -386,7 +386,7 @@ class Walk:
             outputs = self._activations(block.index + 1, spill) if spill else self.inputs
             for batch in range(1 if last else len(self.inputs)):
                 output = self.forward(block, batch)
-                if not _finite(output):
+                if not finite(output):
                     raise BillhookError(
                         f"The output of block {block.index} ({block.name}) is not finite: use a wider --dtype such as "
                         "float32, or a lower sparsity."
@@ -509,12 +509,6 @@ def _tokens(batch: Batch, anatomy: Anatomy) -> int:
     if anatomy.input == "pixel_values":
         return len(tensor) * 256  # patches of a usual image; bounds memory only
     return tensor.shape[0] * (tensor.shape[1] if tensor.ndim > 1 else 1)
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; one pass and no temporary (minimum and maximum carry NaN and infinity)."""
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _relative_error(reference: Tensor, value: Tensor) -> float | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from billhook.errors import BillhookError
 from billhook.models.checkpoint import Checkpoint, Packed
 from billhook.models.files import Stored
+from billhook.system import finite
 
 
 class Source(Protocol):
@@ -228,7 +229,7 @@ def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
         BillhookError: names the tensor.
     """
     for local, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not finite(tensor):
             where = f"{name}.{local}" if local else name
             raise BillhookError(f"Tensor {where!r} of the model has NaN or infinite values: the weights are damaged.")
 

@@ -58,20 +58,21 @@ def sweep(
     if pattern is not None:
         block_size = max(1, block_size // pattern.m) * pattern.m
     diagonal = upper.diagonal()
+    worth = diagonal.reciprocal()  # a score is (w · worth)²
+    if dead is not None:
+        worth[dead] = 0.0
     heights = list(matrices or [rows])
     pruned = [0] * len(heights)
 
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         width = end - start
-        u = upper[start:end, start:end]
+        u = upper[start:end, start:] / diagonal[start:end, None]  # errors stay in units of weights
         block = w[start:end]  # [width, rows], a view
         if keep is not None:
             mask[start:end] = keep[:, start:end].T
         elif pattern is None:
-            score = (block / diagonal[start:end, None]).square()
-            if dead is not None:
-                score[dead[start:end]] = 0.0
+            score = (block * worth[start:end, None]).square_()
             if scope == "row":
                 share = budget(end, sparsity) - budget(start, sparsity)
                 mask[start:end] = keep_largest(score.T, share).T
@@ -83,7 +84,8 @@ def sweep(
                     mask[start:end, top : top + height] = chosen.view(height, width).T
                     pruned[m] += share
                     top += height
-        error = torch.empty_like(block)
+        drop = (~mask[start:end]).to(w.dtype)
+        removed = torch.empty_like(block)
         # Two levels of blocking: rank-one updates touch _INNER columns only, the rest follows as one product.
         inner_size = _INNER if pattern is None else max(1, _INNER // pattern.m) * pattern.m
         for left in range(0, width, inner_size):
@@ -91,17 +93,16 @@ def sweep(
             for i in range(left, right):
                 if pattern is not None and keep is None and i % pattern.m == 0:
                     group = slice(start + i, start + i + pattern.m)
-                    score = (w[group] / diagonal[group, None]).square()
-                    if dead is not None:
-                        score[dead[group]] = 0.0
+                    score = (w[group] * worth[group, None]).square_()
                     mask[group] = keep_n_of_m(score.T, pattern.n, pattern.m).T
-                torch.div(block[i].masked_fill(mask[start + i], 0.0), u[i, i], out=error[i])
+                    torch.logical_not(mask[group], out=drop[i : i + pattern.m])
+                torch.mul(block[i], drop[i], out=removed[i])
                 if i + 1 < right:
-                    block[i + 1 : right].addr_(u[i, i + 1 : right], error[i], alpha=-1)
+                    block[i + 1 : right].addr_(u[i, i + 1 : right], removed[i], alpha=-1)
             if right < width:
-                block[right:].addmm_(u[left:right, right:].T, error[left:right], alpha=-1)
+                block[right:].addmm_(u[left:right, right:width].T, removed[left:right], alpha=-1)
         if end < columns:
-            w[end:].addmm_(upper[start:end, end:].T, error, alpha=-1)
+            w[end:].addmm_(u[:, width:].T, removed, alpha=-1)
     kept = mask.T.contiguous()
     return w.T.masked_fill(~kept, 0.0), kept
 
