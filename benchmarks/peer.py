@@ -4,9 +4,9 @@
 
 Every run is a process of its own (ours_worker.py with this python, peer_worker.py with the peer's). Both get
 the same calibration tokens in the same order and as many threads, each in batches of the size that suits it.
-The two take turns, and who goes first changes from round to round; every round has a calibration draw of its own.
-When all is timed, every output is judged by protocol.py, which knows neither tool. Memory is that of the whole process, libraries included; their share
-is rss_imported_mib in the JSON.
+The two take turns, and who goes first changes from round to round; every round has a calibration draw of its
+own. When all is timed, every output is judged by protocol.py, which knows neither tool. Memory is that of the
+whole process, libraries included; their share is rss_imported_mib in the JSON.
 
 This process imports neither torch nor any tool: a child's peak memory, as the kernel counts it, starts from
 its parent's at the time of the start.
