@@ -12,6 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
+from billhook.anatomy import anatomy_of, sites_of
+
 VOCABULARY = 96
 _LLAMA = {
     "vocab_size": VOCABULARY,
@@ -100,6 +102,11 @@ def batches_for(family: str, count: int = 3, size: int = 2, seed: int = 1) -> li
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def site_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Site name -> weight [out, in], whatever the layer's layout."""
+    return {site.name: site.weight.clone() for block in sites_of(model, anatomy_of(model)) for site in block}
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -14,21 +14,28 @@ from billhook.calibrate.walk import walk
 from billhook.errors import BillhookError
 from billhook.export import save
 from billhook.measure import perplexity
-from billhook.methods import RIA, Magnitude, Method, SparseGPT, Wanda, method, register
+from billhook.methods import ICBS, PERP, RIA, Magnitude, Method, SparseGPT, Wanda, method, register
 from billhook.models.load import load
 from billhook.record import Report
 from billhook.run import prune
-from billhook.sparsity.allocations import allocation
+from billhook.sparsity.allocations import OWL, allocation
+from billhook.sparsity.ecoflap import ECoFLaP
+from billhook.sparsity.refiners import DSnoT
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ICBS",
     "MLP",
+    "OWL",
+    "PERP",
     "RIA",
     "Anatomy",
     "Attention",
     "BillhookError",
     "ColumnNorm",
+    "DSnoT",
+    "ECoFLaP",
     "Gram",
     "Magnitude",
     "Method",

@@ -144,6 +144,9 @@ def prune(
     precision: PrecisionOption = "auto",
     max_memory: MemoryOption = None,
     storage: StorageOption = "dense",
+    recover: Annotated[
+        str, typer.Option("--recover", help="Repair afterwards, for example perp or 'perp(rank=8, lr=3e-3)'.")
+    ] = "",
     evaluate: EvalOption = True,
     eval_data: EvalDataOption = None,
     eval_length: EvalLengthOption = None,
@@ -164,14 +167,23 @@ def prune(
       billhook prune HuggingFaceTB/SmolLM2-135M --method wanda --pattern 2:4 --out out/w24
 
       billhook prune ./my-llama --method sparsegpt --sparsity 0.6 --data text:corpus.jsonl --samples 128 --out out/x
+
+      billhook prune demo --method icbs --density 0.5 --budget 10m --out out/i
+
+      billhook prune demo --method wanda --sparsity 0.6 --allocation ecoflap --refine dsnot --recover perp --out out/w
     """
     _start(quiet, as_json, device)
-    step = {"method": method, **{key: value for key, value in options.items() if value is not None}}
+    steps = [{"method": method, **{key: value for key, value in options.items() if value is not None}}]
+    if recover:
+        from billhook.methods.base import METHODS
+
+        repair = METHODS.parse(recover)
+        steps.append({"method": repair.name, **repair.options()})
     _run(
         {
             "model": model,
             "out": out,
-            "steps": [step],
+            "steps": steps,
             "data": data,
             "samples": samples,
             "length": length,
@@ -334,6 +346,94 @@ def compare(
         _say(("Already there: " if already else "Written: ") + str(out / "index.html"))
 
 
+@app.command(name="sparsity-curve")
+def sparsity_curve_(
+    model: ModelArgument,
+    out: OutOption,
+    method: Annotated[str, typer.Option("--method", "-m", help="What prunes; see 'billhook methods'.")] = "magnitude",
+    eps: Annotated[float, typer.Option("--eps", help="Allowed rise of the token loss, in percent.")] = 1.0,
+    grid: Annotated[str, typer.Option("--grid", help="Sparsities to begin with, comma-separated.")] = "",
+    rho: Annotated[float, typer.Option("--rho", help="Resolution of the result.")] = 0.01,
+    pattern: Annotated[str, typer.Option("--pattern", help="N:M patterns beside the curve, comma-separated.")] = "",
+    seeds: Annotated[int, typer.Option("--seeds", help="Calibration draws per point.")] = 1,
+    scope: Annotated[str | None, typer.Option("--scope", help="Ranking: row, layer, global (magnitude).")] = None,
+    data: DataOption = _DATA,
+    samples: SamplesOption = _SAMPLES,
+    length: LengthOption = _LENGTH,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    precision: PrecisionOption = "auto",
+    max_memory: MemoryOption = None,
+    eval_data: EvalDataOption = None,
+    eval_length: EvalLengthOption = None,
+    eval_windows: Annotated[int, typer.Option("--eval-windows", help="Evaluation windows per point; 0: all.")] = 8,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find how much of a model goes for free: one-shot quality over sparsity, and its knee (essential sparsity).
+
+    Killed? Run the same command again: measured points are kept.
+
+    Examples:
+
+      billhook sparsity-curve demo --out out/curve
+
+      billhook sparsity-curve demo --method wanda --seeds 3 --pattern 2:4,4:8 --out out/curve-wanda
+    """
+    _start(quiet, as_json, device)
+    from billhook.analysis.curve import GRID
+    from billhook.curve import sparsity_curve
+    from billhook.recipe import job
+
+    try:
+        levels = [float(level) for level in _list(grid)] or list(GRID)
+    except ValueError:
+        raise BillhookError(f"--grid {grid!r} is not a list of sparsities such as 0.1,0.2,0.3.") from None
+    settings = job(
+        model=model,
+        out=out,
+        steps=[{"method": method}],
+        data=data,
+        samples=samples,
+        length=length,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        precision=precision,
+        max_memory=max_memory,
+        eval_data=eval_data,
+        eval_length=eval_length,
+        eval_windows=eval_windows or None,
+    )
+    report, already = sparsity_curve(
+        settings,
+        method,
+        eps=eps,
+        grid=levels,
+        rho=rho,
+        patterns=_list(pattern),
+        seeds=seeds,
+        scope=scope,  # type: ignore[arg-type]  # the method checks it
+        force=force,
+    )
+    if not _is_main():
+        return
+    if as_json:
+        _print_json({"out": str(out), **json.loads(report.model_dump_json())})
+    elif not quiet:
+        found = report.curve
+        _out.print(
+            f"[bold]essential sparsity {found.s_eps:.3f}[/]  (loss within {eps:g}% of the dense model's; "
+            f"the curve is {found.flag}" + (f", knee at {found.tau_hinge:.3f})" if found.tau_hinge else ")"),
+            soft_wrap=True,
+        )
+        for warning in (*found.warnings, *report.warnings):
+            _say(warning)
+        _say(("Already there: " if already else "Written: ") + str(out / "index.html"))
+
+
 @app.command(name="methods")
 def list_methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show one method's card.")] = None,
@@ -444,6 +544,8 @@ def _run(values: dict[str, Any] | Job, force: bool, as_json: bool, quiet: bool) 
         _print_json({"out": str(settings.out), **json.loads(report.model_dump_json())})
     elif not quiet:
         _out.print(summary(report))
+        for note in (note for step in report.steps for note in step.notes):
+            _say(note)
         _say(("Already there: " if already else "Written: ") + str(settings.out))
         _say(f"Report:  {settings.out / 'report.html'}")
 

@@ -56,6 +56,7 @@ class StepRecord(_Record):
     blocks: list[BlockRecord] = Field(default_factory=list)
     sites: list[SiteRecord] = Field(default_factory=list)
     seconds: float = 0.0  # wall time of the step; of the last process only when the run was resumed
+    notes: list[str] = Field(default_factory=list)  # what the user should know of how it went
 
     @property
     def sparsity(self) -> float:

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +136,8 @@ def execute(job: Job, *, force: bool = False) -> tuple[Report, bool]:
     refuse_source(model, target)
     family = anatomy_of(model)
     batches, windows, calibration = prepare_data(job, model, tokenizer, family, steps)
+    if windows is not None and not force and any(method.trains for method in steps):
+        _refuse_overlap(batches, windows)
     if batches:  # without any, nothing comes before the steps' own checks
         for method in steps:
             method.check(Walk(model, batches, needs="forward"))
@@ -174,6 +176,7 @@ def run_steps(
     """Apply the methods in order; returns their records and whether anything was taken over from a killed run."""
     records: list[StepRecord] = []
     resumed = False
+    originals = _originals(model, steps, options)
     for number, method in enumerate(steps, start=1):
         started = time.perf_counter()
         journal = Journal(staging / f"step-{number}") if staging else None
@@ -183,13 +186,15 @@ def run_steps(
             anatomy=options.anatomy,
             device=options.device,
             precision=options.precision,
-            needs=method.needs,
+            needs=method.requires,
             journal=journal,
             max_memory=options.max_memory,
             label=method.name,
         )
+        walk.originals = originals if number > 1 else None
         method.check(walk)
-        method.prune(walk)
+        if not walk.replayed():
+            method.prune(walk)
         resumed |= walk.resumed_at > 0
         records.append(
             StepRecord(
@@ -198,9 +203,23 @@ def run_steps(
                 blocks=walk.block_records,
                 sites=walk.site_records,
                 seconds=time.perf_counter() - started,
+                notes=walk.notes,
             )
         )
     return records, resumed
+
+
+def _originals(model: nn.Module, steps: Sequence[Method], options: Options) -> Callable[[str], Tensor] | None:
+    """Where later steps find the weights as they were before the first; None where none of them asks."""
+    if not any(method.wants_original for method in steps[1:]):
+        return None
+    source = source_of(model)
+    if isinstance(source, Streamed):
+        refs, dtype = dict(source.refs), source.dtype
+        return lambda name: refs[name].read().to(dtype)
+    blocks = anatomy_of(model, options.anatomy).blocks
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if name.startswith(blocks)}
+    return kept.__getitem__
 
 
 def _publish(model: nn.Module, tokenizer: Any, report: Report, target: Target, storage: str, start: float) -> None:
@@ -264,7 +283,7 @@ def prepare_data(
 ) -> tuple[list[Tensor], Tensor | None, Calibration | None]:
     """Calibration batches, evaluation windows and the calibration's description."""
     if family.input != "input_ids":
-        if all(method.needs == "nothing" for method in steps):
+        if all(method.requires == "nothing" for method in steps):
             return [], None, None
         raise BillhookError(
             f"{job.model} takes {family.input}, and the command line calibrates on text only: call bh.prune(model, "
@@ -292,6 +311,23 @@ def prepare_data(
     length = job.eval_length or min(1024, limit or 1024)
     windows = data.evaluation(job.eval_data or job.data, tokenizer, length=length)[: job.eval_windows]
     return batches, windows, calibration
+
+
+_RUN = 16  # tokens: shorter runs recur in any two texts
+
+
+def _refuse_overlap(batches: Sequence[Tensor], windows: Tensor) -> None:
+    """Raise where a method would be trained on the text that it is judged on."""
+    judged = {tuple(row[i : i + _RUN]) for row in windows.tolist() for i in range(len(row) - _RUN + 1)}
+    runs = [
+        tuple(row[i : i + _RUN]) for b in batches for row in b.tolist() for i in range(0, len(row) - _RUN + 1, _RUN)
+    ]
+    share = sum(run in judged for run in runs) / max(len(runs), 1)
+    if share > 0.02:
+        raise BillhookError(
+            f"{share:.0%} of the calibration text is also in the evaluation text, and this run trains on it: choose "
+            "other --data or --eval-data, or insist with --force."
+        )
 
 
 def position_limit(model: nn.Module) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.anatomy.anatomy import Anatomy, join
 from billhook.errors import BillhookError
+
+Role = Literal["attention", "mlp", "other"]
 
 
 @dataclass(eq=False)
@@ -21,12 +24,14 @@ class Site:
         block: index of the block.
         projection: name inside the block, e.g. "self_attn.q_proj".
         module: the `nn.Linear` or Transformers `Conv1D` that holds the weight.
+        role: what it belongs to, by the anatomy; "other" where that does not say.
     """
 
     name: str
     block: int
     projection: str
     module: nn.Module = field(repr=False)
+    role: Role = "other"
 
     @property
     def weight(self) -> Tensor:
@@ -89,7 +94,11 @@ def sites_of(model: nn.Module, anatomy: Anatomy) -> list[list[Site]]:
             path for path, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)
         ]
         result.append(
-            [Site(join(name, path), index, path, block.get_submodule(path)) for path in paths if _has(block, path)]
+            [
+                Site(join(name, path), index, path, block.get_submodule(path), _role(anatomy, path))
+                for path in paths
+                if _has(block, path)
+            ]
         )
     if not any(result):
         raise BillhookError(f"The blocks {anatomy.blocks!r} of {type(model).__name__} hold no linear layer to prune.")
@@ -102,6 +111,14 @@ def stages_of(sites: list[Site], anatomy: Anatomy) -> list[list[Site]]:
         return [[site] for site in sites]
     groups = [[site for site in sites if site.projection in stage] for stage in anatomy.stages]
     return [group for group in groups if group]
+
+
+def _role(anatomy: Anatomy, path: str) -> Role:
+    if anatomy.attention and path in (*anatomy.attention.inputs, anatomy.attention.output):
+        return "attention"
+    if anatomy.mlp and path in (*anatomy.mlp.inputs, anatomy.mlp.output):
+        return "mlp"
+    return "other"
 
 
 def _has(block: nn.Module, path: str) -> bool:

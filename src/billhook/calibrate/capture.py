@@ -80,8 +80,8 @@ def replaced(blocks: list[nn.Module], make: Callable[[int], Callable[..., Any]])
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no key-value cache."""
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no key-value cache."""
     training = model.training
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
@@ -89,12 +89,18 @@ def inference(model: nn.Module) -> Iterator[None]:
     if config is not None and cache is not None:
         config.use_cache = False
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         model.train(training)
         if config is not None and cache is not None:
             config.use_cache = cache
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, no key-value cache."""
+    with quiet(model), torch.no_grad():
+        yield
 
 
 class Capture:

@@ -51,6 +51,27 @@ class Journal:
         result: dict[str, Any] = json.loads(self._record(block).read_text(encoding="utf-8"))
         return result
 
+    def commit_rest(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write edited parameters outside the blocks, by full name."""
+        write(self.folder / "rest.safetensors", [Entry.of(name, tensor) for name, tensor in tensors.items()])
+
+    def rest(self) -> dict[str, Stored]:
+        """Where the edited parameters outside the blocks lie."""
+        path = self.folder / "rest.safetensors"
+        return read_index(path)[0] if path.is_file() else {}
+
+    def note(self, name: str) -> dict[str, Any] | None:
+        """What `keep_note` kept under `name`, if anything."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return result
+
+    def keep_note(self, name: str, values: Mapping[str, Any]) -> None:
+        """Keep plain values that a resumed run must find as they are."""
+        write_atomically(self.folder / f"{name}.json", [json.dumps(dict(values)).encode()])
+
     def _record(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.json"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class Statistic(ABC, Generic[R]):
     `self.sums` across processes.
     """
 
+    per_sequence: ClassVar[bool] = False  # whether `update` gets [sequences, tokens, in]
     sums: list[Tensor]
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -26,7 +28,7 @@ class Statistic(ABC, Generic[R]):
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
-        """Add tokens: x is [tokens, in], in the dtype of the activations."""
+        """Add tokens: x is [tokens, in], in the dtype of the activations ([sequences, tokens, in] if asked for)."""
 
     @abstractmethod
     def result(self) -> R:
@@ -42,8 +44,58 @@ class ColumnNorm(Statistic[Tensor]):
         self.sums = [self.square_sum]
 
     def update(self, x: Tensor) -> None:
-        x = x.float()
-        self.square_sum += (x * x).sum(dim=0)
+        self.square_sum += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
 
     def result(self) -> Tensor:
         return self.square_sum.sqrt()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of a site's input, per channel; float32 [in] each.
+
+    Attributes:
+        token_sum: Σ_t x_tj of a sequence, averaged over sequences.
+        square_sum: Σ_t x²_tj of a sequence, averaged over sequences; its root ranks like the ℓ2 norm.
+        within_variance: variance over the tokens of a sequence (biased), averaged with the sequences' lengths.
+        length: tokens per sequence, on average.
+    """
+
+    token_sum: Tensor
+    square_sum: Tensor
+    within_variance: Tensor
+    length: float
+
+
+class SequenceMoments(Statistic[Moments]):
+    """Gathers `Moments`. Sequences of routed experts, whose tokens arrive mixed, count as one per batch."""
+
+    per_sequence = True
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.first = torch.zeros(width, dtype=torch.float64, device=device)
+        self.second = torch.zeros(width, dtype=torch.float64, device=device)
+        self.between = torch.zeros(width, dtype=torch.float64, device=device)  # Σ over sequences of T · mean²
+        self.counts = torch.zeros(2, dtype=torch.float64, device=device)  # sequences, tokens
+        self.sums = [self.first, self.second, self.between, self.counts]
+
+    def update(self, x: Tensor) -> None:
+        tokens = x.shape[1]
+        if tokens == 0:
+            return
+        x = x.float()
+        sums = x.sum(dim=1).double()
+        self.first += sums.sum(dim=0)
+        self.second += x.square().sum(dim=1).double().sum(dim=0)
+        self.between += sums.square().sum(dim=0) / tokens
+        self.counts += torch.tensor([len(x), len(x) * tokens], dtype=torch.float64, device=x.device)
+
+    def result(self) -> Moments:
+        sequences, tokens = (max(1.0, float(count)) for count in self.counts)
+        return Moments(
+            token_sum=(self.first / sequences).float(),
+            square_sum=(self.second / sequences).float(),
+            within_variance=((self.second - self.between) / tokens).clamp_(min=0).float(),
+            length=tokens / sequences,
+        )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,12 +27,12 @@ from billhook.anatomy import Anatomy, Site, anatomy_of, block_names, find_blocks
 from billhook.anatomy.sites import stages_of
 from billhook.calibrate import distributed
 from billhook.calibrate.activations import Activations
-from billhook.calibrate.capture import Batch, Capture, Stop, inference, surroundings
+from billhook.calibrate.capture import Batch, Capture, Stop, inference, quiet, surroundings
 from billhook.calibrate.journal import Journal, block_tensors
 from billhook.calibrate.precision import Precision, forward_precision, resolve, statistics_precision
 from billhook.calibrate.statistics import Statistic
 from billhook.errors import BillhookError
-from billhook.models.source import Streamed, dtype_of, source_of
+from billhook.models.source import Resident, Source, Streamed, dtype_of, source_of
 from billhook.progress import bar
 from billhook.record import BlockRecord, SiteRecord
 from billhook.system import finite, peak_memory, release_memory, resident_memory
@@ -62,6 +62,7 @@ class Block:
         self.stages = stages_of(self.sites, walk.anatomy)
         self.seconds: dict[str, float] = {}
         self._probes: dict[Site, tuple[Tensor, Tensor]] = {}  # input rows and dense outputs
+        self._gathered: dict[Any, dict[Site, Any]] = {}  # statistic -> site -> result of its last pass
         self._dense_output: Tensor | None = None
 
     def collect(self, statistic: type[Statistic[R]], sites: Sequence[Site] | None = None) -> dict[Site, R]:
@@ -77,42 +78,60 @@ class Block:
         Raises:
             BillhookError: an input is not finite; names block and site.
         """
+        wanted = list(self.sites if sites is None else sites)
+        kinds = [statistic, *(kind for kind in self._walk.companions if kind is not statistic)]
+        results = self._pass(kinds, wanted)
+        for kind in kinds:
+            self._gathered.setdefault(kind, {}).update(results[kind])
+        return results[statistic]
+
+    def gathered(self, statistic: type[Statistic[R]], site: Site) -> R:
+        """The result of a statistic for one site: from the last pass, or from one made now if there was none."""
+        known = self._gathered.setdefault(statistic, {})
+        if site not in known:
+            known.update(self._pass([statistic], self.sites)[statistic])
+        result: R = known[site]
+        return result
+
+    def _pass(self, kinds: Sequence[type[Statistic[Any]]], wanted: list[Site]) -> dict[Any, dict[Site, Any]]:
+        """Gather several statistics of the wanted sites at once."""
         if self._walk.current is not self:
             raise BillhookError(
                 f"The walk is not at block {self.index} any more: collect inside the loop over the walk."
             )
-        wanted = list(self.sites if sites is None else sites)
-        statistics: dict[Site, Statistic[R]] = {}
+        gathering: dict[Any, dict[Site, Statistic[Any]]] = {kind: {} for kind in kinds}
         device = self._walk.device
-        with self._timed("collect"):
+        # one context around all batches: weights are then rounded once, not once per batch
+        with self._timed("collect"), forward_precision(self._walk.precision, device):
             for batch in range(len(self._walk.inputs)):
                 output: Tensor | None = None  # stays so where the pass ends early
-                with self._listening(wanted, statistic, statistics, batch):
+                with self._listening(wanted, gathering, batch):
                     output = self._walk.forward(self, batch)
                 if output is not None and batch == 0 and self._dense_output is None:
                     self._dense_output = output
-            for site in wanted:
-                if site not in statistics:  # never called: an expert that no token was routed to
-                    statistics[site] = statistic(site.shape[1], device)
-            distinct = list({id(s): s for s in statistics.values()}.values())
-            for one in distinct:
-                distributed.sum_(one.sums)
-            for site in wanted:
-                if not all(finite(t) for t in statistics[site].sums):
-                    raise BillhookError(
-                        f"The input of {site.name} (block {self.index}) is not finite on the calibration data: use "
-                        "a wider --dtype such as float32, or check the model."
-                    )
-            results = {id(s): s.result() for s in distinct}
+        return {kind: self._results(kind, gathering[kind], wanted, device) for kind in kinds}
+
+    def _results(
+        self, kind: type[Statistic[R]], statistics: dict[Site, Statistic[R]], wanted: list[Site], device: torch.device
+    ) -> dict[Site, R]:
+        for site in wanted:
+            if site not in statistics:  # never called: an expert that no token was routed to
+                statistics[site] = kind(site.shape[1], device)
+        distinct = list({id(s): s for s in statistics.values()}.values())
+        for one in distinct:
+            distributed.sum_(one.sums)
+        for site in wanted:
+            if not all(finite(t) for t in statistics[site].sums):
+                raise BillhookError(
+                    f"The input of {site.name} (block {self.index}) is not finite on the calibration data: use "
+                    "a wider --dtype such as float32, or check the model."
+                )
+        results = {id(s): s.result() for s in distinct}
         return {site: results[id(statistics[site])] for site in wanted}
 
     @contextmanager
     def _listening(
-        self,
-        wanted: list[Site],
-        statistic: type[Statistic[R]],
-        statistics: dict[Site, Statistic[R]],
-        batch: int,
+        self, wanted: list[Site], gathering: dict[Any, dict[Site, Statistic[Any]]], batch: int
     ) -> Iterator[None]:
         """Hooks that feed the statistics, and end the pass once every site was seen."""
         read: dict[int, tuple[Tensor, Site]] = {}  # inputs of this batch by identity; the tensor is kept alive
@@ -124,17 +143,10 @@ class Block:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 x = args[0]
                 leader = read.setdefault(id(x), (x, site))[1]
-                tokens = x.reshape(-1, x.shape[-1])
-                if leader is site:
-                    if site not in statistics:
-                        statistics[site] = statistic(tokens.shape[1], tokens.device)
-                    with statistics_precision(self._walk.precision, tokens.device):
-                        statistics[site].update(tokens)
-                elif site not in statistics:
-                    statistics[site] = statistics[leader]
-                elif statistics[site] is not statistics[leader]:  # shared in one batch, not in another
-                    statistics[site].update(tokens)
-                self._probe(site, tokens)
+                with statistics_precision(self._walk.precision, x.device):
+                    for kind, statistics in gathering.items():
+                        _feed(kind, statistics, site, leader, x)
+                self._probe(site, x.reshape(-1, x.shape[-1]))
                 missing.discard(site)
                 if not missing and not whole_pass:
                     raise Stop
@@ -222,6 +234,8 @@ class Walk:
             streamed model that is edited.
         max_memory: bytes of resident memory to stay under; hidden states go to disk to honour it.
         label: what the progress bar says.
+        shared: this process's share of the batches, where it is known already; `batches` is then ignored.
+        source: where weights are, if not where the model says.
     """
 
     def __init__(
@@ -236,18 +250,23 @@ class Walk:
         journal: Journal | None = None,
         max_memory: int | None = None,
         label: str = "walk",
+        shared: Sequence[Batch] | None = None,
+        source: Source | None = None,
     ) -> None:
         self.model = model
         self.anatomy = anatomy_of(model, anatomy)
         self.blocks = find_blocks(model, self.anatomy)
         self.names = block_names(model, self.anatomy)
         self.sites = sites_of(model, self.anatomy)
-        self.source = source_of(model)
+        self.source = source or source_of(model)
         self.journal = journal
         self.needs = needs
         self.label = label
         self.max_memory = max_memory
         self.targets: dict[str, float] = {}  # site name -> sparsity asked; set by the method, for the record
+        self.companions: list[type[Statistic[Any]]] = []  # gathered in every collecting pass besides what is asked
+        self.notes: list[str] = []  # what the user should know of how it went
+        self.originals: Callable[[str], Tensor] | None = None  # parameters before the run's first step, by full name
         self.block_records: list[BlockRecord] = []
         self.site_records: list[SiteRecord] = []
         self.resumed_at = 0
@@ -260,7 +279,7 @@ class Walk:
         self.dtype = dtype_of(model)
         self.precision = resolve(precision, self.device, self.dtype)
 
-        if len(batches) == 0 and needs != "nothing":
+        if shared is None and len(batches) == 0 and needs != "nothing":
             raise BillhookError("Calibration batches are needed but none were given.")
         if 0 < len(batches) < distributed.world():
             raise BillhookError(
@@ -269,8 +288,8 @@ class Walk:
             )
         if self.source.streams and journal is None and needs != "forward":
             raise BillhookError("This model is streamed from disk, so its result needs a folder: give out=.")
-        shared = list(batches)[distributed.rank() :: distributed.world()]
-        self.batches: list[Batch] = shared[:1] if needs == "nothing" else shared
+        own = list(batches)[distributed.rank() :: distributed.world()] if shared is None else list(shared)
+        self.batches: list[Batch] = own[:1] if needs == "nothing" else own
         self.inputs: Activations = Activations(0, self.device)
         self._scratch: Path | None = None
         self._as_tuple = False
@@ -300,6 +319,144 @@ class Walk:
         hidden = output[0] if isinstance(output, tuple) else output
         assert isinstance(hidden, Tensor)
         return hidden
+
+    def remembered(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """`make()`, computed once per run: a resumed walk reads what the killed one found."""
+        if self.journal is None:
+            return make()
+        if distributed.agree(int(self.journal.note(name) is not None)):
+            return dict(self.journal.note(name) or {})
+        made = make()
+        if distributed.is_main():
+            self.journal.keep_note(name, made)
+        distributed.barrier()
+        return made
+
+    @contextmanager
+    def original(self, block: Block) -> Iterator[None]:
+        """While inside, the block has the weights that it had before the first step of the run.
+
+        Raises:
+            BillhookError: this is the first step, so nothing is known of a model before pruning.
+        """
+        if self.originals is None:
+            raise BillhookError(
+                "The dense model is needed beside the pruned one: put this step after the pruning, in the same run."
+            )
+        present = {name: p.data for name, p in block.module.named_parameters()}
+        try:
+            for name, parameter in block.module.named_parameters():
+                parameter.data = self.originals(f"{block.name}.{name}").to(parameter)
+            yield
+        finally:
+            for name, parameter in block.module.named_parameters():
+                parameter.data = present[name]
+
+    def call(self, block: Block, batch: int) -> Tensor:
+        """Like `forward`, in whatever gradient mode is set: for what is trained inside the block."""
+        call = self._capture.calls[batch][block.index]
+        with quiet(self.model):
+            output = block.module(self.inputs[batch], *call.args, **call.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def dense(self) -> Walk:
+        """A walk over the same model and data that edits nothing, to look at all of it before the first block."""
+        return Walk(
+            self.model,
+            (),
+            anatomy=self.anatomy,
+            device=self.device,
+            precision=self.precision,
+            needs="forward",
+            max_memory=self.max_memory,
+            label="look",
+            shared=self.batches,
+        )
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """All weights on the compute device at once, for what needs the loss of the model; edits nothing.
+
+        Raises:
+            BillhookError: the weights alone are over `max_memory`.
+        """
+        count = sum(p.numel() for p in self.model.parameters())
+        if self.max_memory is not None and resident_memory() + count * self.dtype.itemsize > self.max_memory:
+            raise BillhookError(
+                f"--max-memory {self.max_memory / 1e9:.2f} GB is too little: this needs the whole model in memory, "
+                f"{count * self.dtype.itemsize / 1e9:.2f} GB; give more, or choose options that go block by block."
+            )
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        outside = [(module, name) for name, module in self.model.named_modules() if id(module) not in inside]
+        blocks = list(zip(self.blocks, self.names, strict=True))
+        try:
+            for module, name in outside:
+                self.source.load_own(module, name, self.device)
+            for module, name in blocks:
+                self.source.load(module, name, self.device)
+            with inference(self.model):
+                yield self.model
+        finally:
+            for module, name in outside:
+                self.source.release_own(module, name)
+            for module, name in blocks:
+                self.source.release(module, name)
+
+    @contextmanager
+    def editing(self, outside: Sequence[str] = ()) -> Iterator[nn.Module]:
+        """Like `whole`, for methods that edit all blocks together; on leaving, all are recorded and written.
+
+        Args:
+            outside: full names of parameters outside the blocks that are edited too.
+        """
+        with self.whole() as model, torch.no_grad():
+            started = time.perf_counter()
+            parameters = dict(model.named_parameters())
+            for name in outside:  # may be mapped from a file
+                parameters[name].data = parameters[name].data.clone()
+            yield model
+            share = (time.perf_counter() - started) / len(self.blocks)
+            distributed.from_main_([parameters[name].data for name in outside])
+            if outside and self.journal is not None and distributed.is_main():
+                self.journal.commit_rest({name: parameters[name].data for name in outside})
+            for index in range(len(self.blocks)):
+                block = Block(self, index)
+                distributed.from_main_([p.data for p in block.module.parameters()])
+                block.seconds["solve"] = share
+                self._finish(block, None, time.perf_counter())
+            if isinstance(self.source, Streamed) and self.journal is not None:
+                self.source.refs.update(self.journal.rest())
+
+    def inside(self, label: str = "start") -> Walk:
+        """While the model is whole in memory: a walk that edits it there, without a journal."""
+        return Walk(
+            self.model,
+            (),
+            anatomy=self.anatomy,
+            device=self.device,
+            precision=self.precision,
+            label=label,
+            shared=self.batches,
+            source=Resident(),
+        )
+
+    def replayed(self) -> bool:
+        """Take over everything from the journal if an earlier process finished all blocks."""
+        if self.journal is None or distributed.agree(self.journal.finished()) < len(self.blocks):
+            return False
+        self.resumed_at = len(self.blocks)
+        with torch.no_grad():
+            for index in range(len(self.blocks)):
+                self._replay(index, propagate=False)
+            rest = self.journal.rest()
+            if isinstance(self.source, Streamed):
+                self.source.refs.update(rest)
+            else:
+                parameters = dict(self.model.named_parameters())
+                for name, stored in rest.items():
+                    parameters[name].copy_(stored.read())
+        return True
 
     # -- the loop -----------------------------------------------------------------------------------------
 
@@ -382,7 +539,7 @@ class Walk:
         error = None
         last = block.index == len(self.blocks) - 1 and self.needs != "forward"
         spill = self.inputs.folder is not None
-        with block._timed("propagate"):
+        with block._timed("propagate"), forward_precision(self.precision, self.device):
             outputs = self._activations(block.index + 1, spill) if spill else self.inputs
             for batch in range(1 if last else len(self.inputs)):
                 output = self.forward(block, batch)
@@ -422,7 +579,7 @@ class Walk:
         after = block.index + 1
         started = time.perf_counter()
         # Hidden states of block k+1 must be whole before block k counts as finished: a resume may need them.
-        if self.batches and after < len(self.blocks):
+        if len(self.inputs) and after < len(self.blocks):
             if self.inputs.folder is not None:
                 self.inputs.seal()
             elif self._snapshot_cost < _SNAPSHOT_SHARE * (started - last_snapshot):
@@ -502,6 +659,23 @@ class Walk:
 def walk(model: nn.Module, batches: Sequence[Batch] = (), **options: Any) -> Walk:
     """Walk the blocks of `model` in order; options as in `Walk`."""
     return Walk(model, batches, **options)
+
+
+def _feed(
+    kind: type[Statistic[Any]], statistics: dict[Site, Statistic[Any]], site: Site, leader: Site, x: Tensor
+) -> None:
+    """Add an input that `leader` was the first to read to the statistic of `site`, once for all that share it."""
+    if leader is not site and site not in statistics:
+        statistics[site] = statistics[leader]
+        return
+    if leader is not site and statistics[site] is statistics[leader]:
+        return
+    if site not in statistics:
+        statistics[site] = kind(x.shape[-1], x.device)
+    if kind.per_sequence:
+        statistics[site].update(x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1]))
+    else:
+        statistics[site].update(x.reshape(-1, x.shape[-1]))
 
 
 def _tokens(batch: Batch, anatomy: Anatomy) -> int:

@@ -4,48 +4,41 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
-from billhook.calibrate.walk import Needs, Walk
-from billhook.errors import BillhookError, nearest
-from billhook.sparsity.allocations import allocate
+from billhook.anatomy import Site
+from billhook.calibrate.walk import Block, Needs, Walk
+from billhook.declared import Declared, Paper, Registry
+from billhook.errors import BillhookError
+from billhook.sparsity import ecoflap as _ecoflap  # noqa: F401 -- registers itself
+from billhook.sparsity.allocations import ALLOCATIONS, Allocation
 from billhook.sparsity.patterns import NM, Pattern, Scope, Unstructured, parse_pattern
+from billhook.sparsity.refiners import REFINERS, Refiner
+
+__all__ = ["METHODS", "Method", "Paper", "SparseMethod", "method", "methods", "register"]
 
 
-@dataclass(frozen=True)
-class Paper:
-    """Where a method is published."""
+class Method(Declared):
+    """Base of all post-training methods: a declaration, and `prune`."""
 
-    title: str
-    authors: str
-    venue: str
-    arxiv: str | None = None
-
-
-class Method(BaseModel):
-    """Base of all post-training methods.
-
-    A subclass declares its hyperparameters as fields (type, default, range, a sentence), its card as class
-    variables, and `prune`. Command-line options, recipes, validation and the card all derive from that.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    paper: ClassVar[Paper | None]
+    kind = "method"
     needs: ClassVar[Needs] = "calibration"
-    summary: ClassVar[str]  # what it does, one sentence
-    when: ClassVar[str]  # when to use it, and when not
+    trains: ClassVar[bool] = (
+        False  # whether it fits the calibration data, so that they must not be those it is judged on
+    )
 
-    def __init__(self, /, **options: Any) -> None:
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            raise BillhookError(_sentence(error, type(self))) from None
+    @property
+    def requires(self) -> Needs:
+        """What this method needs with these options."""
+        return self.needs
+
+    @property
+    def wants_original(self) -> bool:
+        """Whether this step, where it is not the first, looks at the weights from before the run."""
+        return False
 
     @abstractmethod
     def prune(self, walk: Walk) -> None:
@@ -54,10 +47,6 @@ class Method(BaseModel):
     def check(self, walk: Walk) -> None:
         """Refuse what cannot work on this model, before any work is done."""
 
-    def options(self) -> dict[str, Any]:
-        """The hyperparameters as plain values."""
-        return self.model_dump(mode="json")
-
 
 class SparseMethod(Method):
     """A method that sets weights to zero: adds the sparsity, its pattern and its allocation."""
@@ -65,16 +54,30 @@ class SparseMethod(Method):
     sparsity: float | None = Field(
         None, ge=0, lt=1, description="Fraction of the weights removed; 0.5 unless given or implied by N:M."
     )
+    density: float | None = Field(None, gt=0, le=1, description="Fraction of the weights kept, instead of sparsity.")
     pattern: str = Field("unstructured", description="unstructured, or N:M: N of every M consecutive inputs are kept.")
     scope: Scope = Field("row", description="Weights compete within an output row (row) or a whole matrix (layer).")
-    allocation: str = Field("uniform", description="How sparsity is shared out over the matrices.")
+    allocation: str = Field("uniform", description="How sparsity is shared out over the matrices: see the list.")
+    refine: str = Field("none", description="How the mask is improved before it is applied: none, dsnot.")
+
+    @field_validator("allocation", "refine", mode="before")
+    @classmethod
+    def _as_text(cls, given: Any, info: Any) -> str:
+        registry: Registry[Any] = ALLOCATIONS if info.field_name == "allocation" else REFINERS
+        text: str = registry.parse(given).text()  # its own sentence is the clearest
+        return text
 
     @model_validator(mode="after")
     def _reachable(self) -> SparseMethod:
-        nm = parse_pattern(self.pattern)
-        if nm is not None and self.sparsity is not None and abs(self.sparsity - nm.sparsity) > 1e-6:
+        if self.density is not None and self.sparsity is not None and abs(self.density + self.sparsity - 1) > 1e-9:
             raise ValueError(
-                f"sparsity {self.sparsity:g} is not reachable under pattern {nm}, which removes exactly "
+                f"density {self.density:g} is not 1 - sparsity {self.sparsity:g}: leave one of the two out"
+            )
+        nm = parse_pattern(self.pattern)
+        asked = self.sparsity if self.density is None else 1 - self.density
+        if nm is not None and asked is not None and abs(asked - nm.sparsity) > 1e-6:
+            raise ValueError(
+                f"sparsity {asked:g} is not reachable under pattern {nm}, which removes exactly "
                 f"{nm.sparsity:g}: leave one of the two out"
             )
         if nm is not None and self.allocation != "uniform":
@@ -95,7 +98,24 @@ class SparseMethod(Method):
         """The sparsity that is aimed at."""
         if self.nm is not None:
             return self.nm.sparsity
+        if self.density is not None:
+            return round(1 - self.density, 12)
         return 0.5 if self.sparsity is None else self.sparsity
+
+    @property
+    def allocator(self) -> Allocation:
+        """The allocation object."""
+        return ALLOCATIONS.parse(self.allocation)
+
+    @property
+    def refiner(self) -> Refiner | None:
+        """The refiner object, if a mask is to be improved."""
+        return None if self.refine == "none" else REFINERS.parse(self.refine)
+
+    @property
+    def requires(self) -> Needs:
+        extra = {self.allocator.needs, "nothing" if self.refiner is None else "calibration"}
+        return "calibration" if "calibration" in extra else self.needs
 
     def check(self, walk: Walk) -> None:
         nm = self.nm
@@ -107,21 +127,33 @@ class SparseMethod(Method):
                 )
 
     def targets(self, walk: Walk) -> dict[str, float]:
-        """Sparsity per site name; also tells the walk, for the report."""
-        walk.targets = allocate(self.allocation, walk, self.overall)
+        """Sparsity per site name; also tells the walk, for the report, and what a refiner needs gathered."""
+        if self.refiner is not None:
+            walk.companions = [self.refiner.statistic]
+        walk.targets = walk.remembered("allocation", lambda: self.allocator.shares(walk, self.overall))
         return walk.targets
+
+    def refined(self, block: Block, site: Site, keep: Tensor) -> Tensor:
+        """The mask (bool [out, in]) after the refiner, for a site whose weight is still dense."""
+        refiner = self.refiner
+        if refiner is None:
+            return keep
+        return refiner.refine(site, keep, block.gathered(refiner.statistic, site), self.nm)
+
+    def apply(self, block: Block, site: Site, keep: Tensor) -> None:
+        """Zero the weights outside `keep` after it was refined, if that is asked for."""
+        site.mask(self.refined(block, site, keep))
 
 
 M = TypeVar("M", bound=type[Method])
-_METHODS: dict[str, type[Method]] = {}
+METHODS: Registry[Method] = Registry("method")
 
 
 def register(name: str) -> Callable[[M], M]:
     """Decorator: make a method known under the name that users type."""
 
     def add(cls: M) -> M:
-        cls.name = name
-        _METHODS[name] = cls
+        METHODS.add(name, cls)
         return cls
 
     return add
@@ -129,7 +161,7 @@ def register(name: str) -> Callable[[M], M]:
 
 def methods() -> dict[str, type[Method]]:
     """All methods by name."""
-    return dict(sorted(_METHODS.items()))
+    return METHODS.known()
 
 
 def method(name: str, /, **options: Any) -> Method:
@@ -138,20 +170,4 @@ def method(name: str, /, **options: Any) -> Method:
     Raises:
         BillhookError: no such method or option (names the nearest), or a value out of range.
     """
-    if name not in _METHODS:
-        raise BillhookError(f"No method {name!r}{nearest(name, _METHODS)}: there are {', '.join(methods())}.")
-    return _METHODS[name](**options)
-
-
-def _sentence(error: ValidationError, cls: type[Method]) -> str:
-    """One sentence for the first thing that is wrong with a method's options."""
-    first = error.errors()[0]
-    option = ".".join(str(part) for part in first["loc"])
-    label = getattr(cls, "name", cls.__name__)
-    if first["type"] == "extra_forbidden":
-        known = list(cls.model_fields)
-        return f"Method {label} has no option {option!r}{nearest(option, known)}: it has {', '.join(known)}."
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if not option:
-        return f"Method {label}: {message}."
-    return f"Method {label}: {option}={first['input']!r} is not possible: {message[0].lower()}{message[1:]}."
+    return METHODS.make(name, **options)

@@ -50,4 +50,4 @@ class Magnitude(SparseMethod):
         for block in walk:
             for site in block.sites:
                 score = magnitude(site.weight)
-                site.mask(self.density_pattern.keep(score, sparsity[site.name]))
+                self.apply(block, site, self.density_pattern.keep(score, sparsity[site.name]))

@@ -34,4 +34,4 @@ class RIA(SparseMethod):
             norms = block.collect(ColumnNorm)
             for site in block.sites:
                 score = ria(site.weight, norms[site], self.exponent)
-                site.mask(self.density_pattern.keep(score, sparsity[site.name]))
+                self.apply(block, site, self.density_pattern.keep(score, sparsity[site.name]))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from billhook.anatomy import Site
 from billhook.calibrate.gram import Gram, inverse_cholesky
-from billhook.calibrate.walk import Walk
+from billhook.calibrate.walk import Block, Walk
 from billhook.methods.base import Paper, SparseMethod, register
 from billhook.sparsity.obs import sweep
 from billhook.sparsity.patterns import Scope
+from billhook.sparsity.saliency import obs
 
 
 @register("sparsegpt")
@@ -48,18 +50,29 @@ class SparseGPT(SparseMethod):
                 grams = block.collect(Gram, sites)
                 for together in _sharing(sites, grams, sparsity):
                     gram = grams[together[0]]
+                    upper = inverse_cholesky(gram.matrix, self.damping)
+                    heights = [site.shape[0] for site in together]
+                    keep = None  # chosen in the course of the sweep
+                    if self.refiner is not None:  # a refiner wants the whole mask, and the dense weights beside it
+                        keep = torch.cat([self._refined_mask(block, site, upper, gram, sparsity) for site in together])
                     weight, _ = sweep(
                         torch.cat([site.weight.float() for site in together]),
-                        inverse_cholesky(gram.matrix, self.damping),
+                        upper,
                         sparsity=sparsity[together[0].name],
                         pattern=self.nm,
                         scope=self.scope,
+                        keep=keep,
                         dead=gram.dead,
                         block_size=self.block_size,
-                        matrices=[site.shape[0] for site in together],
+                        matrices=heights,
                     )
-                    for site, part in zip(together, torch.split(weight, [s.shape[0] for s in together]), strict=True):
+                    for site, part in zip(together, torch.split(weight, heights), strict=True):
                         site.write(part)
+
+    def _refined_mask(self, block: Block, site: Site, upper: Tensor, gram: Gram, sparsity: dict[str, float]) -> Tensor:
+        """The mask by w² / U_jj² on the dense weights, refined; the sweep then repairs for it."""
+        score = obs(site.weight, upper.diagonal()).masked_fill(gram.dead, 0.0)
+        return self.refined(block, site, self.density_pattern.keep(score, sparsity[site.name]))
 
 
 def _sharing(sites: list[Site], grams: dict[Site, Gram], sparsity: dict[str, float]) -> list[list[Site]]:

@@ -29,4 +29,4 @@ class Wanda(SparseMethod):
             norms = block.collect(ColumnNorm)
             for site in block.sites:
                 score = wanda(site.weight, norms[site])
-                site.mask(self.density_pattern.keep(score, sparsity[site.name]))
+                self.apply(block, site, self.density_pattern.keep(score, sparsity[site.name]))

@@ -255,4 +255,5 @@ def _names(module: nn.Module, name: str) -> Iterable[tuple[str, str]]:
 def _assign(module: nn.Module, local: str, tensor: Tensor) -> None:
     owner_name, _, leaf = local.rpartition(".")
     owner = module.get_submodule(owner_name)
-    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    # As a model in memory has it; autocast keeps its rounded copy of such parameters only.
+    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())

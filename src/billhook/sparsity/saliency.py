@@ -35,3 +35,13 @@ def relative_importance(weight: Tensor) -> Tensor:
 def ria(weight: Tensor, norm: Tensor, exponent: float = 0.5) -> Tensor:
     """RIA: RI · ‖X_j‖₂^a (Zhang et al. 2024); `norm` as in `wanda`; float32 [out, in]."""
     return relative_importance(weight) * norm.float() ** exponent
+
+
+def obs(weight: Tensor, diagonal: Tensor) -> Tensor:
+    """w² / U_jj² (Frantar & Alistarh 2023, eq. 3, on the weights as they are); float32 [out, in].
+
+    Args:
+        weight: [out, in].
+        diagonal: of U, where (H + damping)⁻¹ = UᵀU; [in].
+    """
+    return (weight.float() / diagonal).square()

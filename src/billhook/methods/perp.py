@@ -1,0 +1,189 @@
+"""PERP: after pruning, train a tiny part of the parameters; the zeros stay exactly where they are."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from billhook.anatomy import Site
+from billhook.calibrate.capture import feed
+from billhook.calibrate.sensitivity import shortened, task_loss
+from billhook.calibrate.walk import Walk
+from billhook.errors import BillhookError, nearest
+from billhook.methods.base import Method, Paper, register
+from billhook.progress import bar
+from billhook.recover.adapters import Adapter, Kind, attach
+from billhook.recover.groups import Group, Named, counts, head_module, parameters_of
+from billhook.recover.reconstruct import reconstruct
+from billhook.recover.train import Loop
+
+
+@register("perp")
+class PERP(Method):
+    title = "PERP"
+    paper = Paper(
+        "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs",
+        "M. Zimmer, M. Andoni, C. Spiegel, S. Pokutta",
+        "2023",
+        "2312.15230",
+    )
+    trains = True
+    summary = (
+        "Trains norms, biases and low-rank adapters of a pruned model, on the outputs of each dense block or the next "
+        "token, and merges the adapters under the mask."
+    )
+    when = (
+        "After any pruning, as a step of the same run. Block by block it needs the memory of one block; on the next "
+        "token, that of the whole model and its activations."
+    )
+
+    objective: Literal["block", "global"] = Field(
+        "block", description="Outputs of the dense block (block), or the model's own loss (global)."
+    )
+    groups: str = Field(
+        "auto", description="Of norm, bias, adapters, head, joined by '+'; auto: the first three if any."
+    )
+    adapter: Literal["mask_lora", "scale_lora", "scale_lora_full", "lora_prune"] = Field(
+        "mask_lora", description="Kind of low-rank adapter; each merges without filling a zero."
+    )
+    rank: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="Adapters are scaled by alpha / rank.")
+    training_steps: int | None = Field(
+        None, ge=0, description="Optimizer steps per block (100 by default) or in all (global: 200)."
+    )
+    lr: float = Field(1e-3, ge=0, description="Peak learning rate of norms and biases.")
+    adapter_lr: float = Field(2e-4, ge=0, description="Peak learning rate of adapters.")
+    accumulate: int = Field(1, ge=1, description="Calibration batches per step.")
+    draw: int = Field(0, ge=0, description="Seed of the adapters' start.")
+
+    @field_validator("groups")
+    @classmethod
+    def _groups(cls, text: str) -> str:
+        for name in [] if text == "auto" else text.split("+"):
+            if name not in get_args(Group):
+                raise ValueError(
+                    f"there is no group {name!r}{nearest(name, get_args(Group))}: join some of "
+                    f"{', '.join(get_args(Group))} by '+'"
+                )
+        return text
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, per block or in all."""
+        if self.training_steps is None:
+            return 100 if self.objective == "block" else 200
+        return self.training_steps
+
+    @property
+    def wants_original(self) -> bool:
+        return self.objective == "block"
+
+    def chosen(self, module: nn.Module) -> list[Group]:
+        """The groups to train in a block or model."""
+        if self.groups == "auto":
+            has = counts(module)
+            few: tuple[Group, ...] = ("norm", "bias")
+            return [*(group for group in few if has[group]), "adapters"]
+        return [group for group in get_args(Group) if group in self.groups.split("+")]
+
+    def prune(self, walk: Walk) -> None:
+        if self.objective == "global":
+            self._next_token(walk)
+            return
+        if "head" in self.groups.split("+"):
+            raise BillhookError("Method perp: the head belongs to no block: leave it out, or use objective=global.")
+        rates = {"norm": self.lr, "bias": self.lr, "adapters": self.adapter_lr}
+        for block in walk:
+            walk.targets |= {site.name: _sparsity(site) for site in block.sites}
+            with walk.original(block):
+                targets = [walk.forward(block, batch) for batch in range(len(walk.inputs))]
+            adapters = self._attach(block.sites, block.index) if "adapters" in self.chosen(block.module) else []
+            try:
+                reconstruct(
+                    lambda batch, b=block: walk.call(b, batch),  # type: ignore[misc]
+                    block.module,
+                    parameters_of(block.module, self.chosen(block.module)),
+                    targets,
+                    self.steps,
+                    rates,
+                    accumulate=self.accumulate,
+                    autocast=walk.precision == "bf16",
+                )
+            except BaseException:
+                for adapter in adapters:
+                    adapter.remove()
+                raise
+            for adapter in adapters:
+                adapter.merge()
+
+    def _attach(self, sites: list[Site], number: int) -> list[Adapter]:
+        generator = torch.Generator().manual_seed(self.draw + number)
+        kind: Kind = self.adapter
+        return [
+            attach(site.module, kind, site.weight != 0, min(self.rank, *site.shape), self.alpha, generator)
+            for site in sites
+        ]
+
+    def _next_token(self, walk: Walk) -> None:
+        """Global retraining: the model's loss on the calibration batches, in order, again and again."""
+        rates = {"norm": self.lr, "bias": self.lr, "adapters": self.adapter_lr, "head": self.adapter_lr}
+        with walk.whole() as model:
+            outside = self._outside(walk, model)
+        with walk.editing(outside) as model:
+            walk.targets = {site.name: _sparsity(site) for site in walk.all_sites()}
+            groups = self.chosen(model)
+            adapters = self._attach(walk.all_sites(), 0) if "adapters" in groups else []
+            if "head" in groups:
+                head = head_module(model)
+                generator = torch.Generator().manual_seed(self.draw)
+                keep = torch.ones(head.weight.shape[-2:], dtype=torch.bool)
+                adapters.append(attach(head, "lora", keep, min(self.rank, *keep.shape), self.alpha, generator))
+            batches = shortened(walk.batches, 1 << 62, 1 << 30, _sequences(walk))
+
+            def loss(index: int) -> Tensor:
+                batch = batches[index % len(batches)]
+                return task_loss(feed(model, walk.anatomy, batch, walk.device), batch).float()
+
+            try:
+                with bar("perp", self.steps) as step:
+                    loop = Loop(
+                        model,
+                        parameters_of(model, groups),
+                        rates,
+                        loss,
+                        self.steps,
+                        accumulate=self.accumulate,
+                        autocast=walk.precision == "bf16",
+                    )
+                    while loop.step < self.steps:
+                        losses = loop.run(until=loop.step + 1)
+                        step(f"loss {losses[-1]:.4f}")
+            except BaseException:
+                for adapter in adapters:
+                    adapter.remove()
+                raise
+            for adapter in adapters:
+                adapter.merge()
+
+    def _outside(self, walk: Walk, model: nn.Module) -> list[str]:
+        """Parameters outside the blocks that the chosen groups train."""
+        inside = {id(p) for block in walk.blocks for p in block.parameters()}
+        groups = [group for group in self.chosen(model) if group in ("norm", "bias")]
+        trained: dict[Group, Named] = parameters_of(model, groups) if groups else {}
+        names = [name for named in trained.values() for name, p in named.items() if id(p) not in inside]
+        if "head" in self.groups.split("+"):
+            head = head_module(model)
+            names += [f"{name}.weight" for name, module in model.named_modules() if module is head]
+        return names
+
+
+def _sparsity(site: Site) -> float:
+    return 1.0 - int(torch.count_nonzero(site.weight)) / site.numel
+
+
+def _sequences(walk: Walk) -> int:
+    first = walk.batches[0]
+    return len(first) if isinstance(first, Tensor) else len(next(iter(first.values())))

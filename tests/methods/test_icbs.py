@@ -1,0 +1,137 @@
+"""iCBS: what its search keeps, and that it lowers the loss it looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+import billhook as bh
+from billhook.anatomy import Site
+from billhook.calibrate.fisher import next_token_losses
+from billhook.methods import icbs
+from billhook.methods.icbs import Search, _parse_budget
+from tiny import batches_for, build, site_weights
+
+SMALL = {"variables": 64, "tokens": 16, "sequences": 2, "blocks_per_step": 2, "keep": "last"}
+
+
+def pruned(**options: Any) -> tuple[torch.nn.Module, bh.Report]:
+    model = build("llama")
+    report = bh.prune(model, bh.ICBS(**SMALL | options), batches_for("llama", count=4), precision="highest")
+    return model, report
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("solver", ["swap", "anneal", "local"])
+def test_counts_stay_and_kept_weights_are_the_dense_ones(pattern: str, solver: str) -> None:
+    start, _ = pruned(budget="0 steps", pattern=pattern)
+    model, _ = pruned(budget="3 steps", pattern=pattern, solver=solver)
+    dense = site_weights(build("llama"))
+    before, after = site_weights(start), site_weights(model)
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    for name, weight in after.items():
+        kept = weight != 0
+        assert int(kept.sum()) == int((before[name] != 0).sum()), name
+        assert torch.equal(weight[kept], dense[name][kept]), name
+        if pattern == "2:4":
+            assert (kept.reshape(len(kept), -1, 4).sum(dim=2) == 2).all(), name
+
+
+@pytest.mark.parametrize("start", ["wanda", "magnitude", "ria"])
+def test_no_steps_are_the_starting_mask(start: str) -> None:
+    model, report = pruned(budget="0 steps", start=start)
+    reference = build("llama")
+    bh.prune(reference, bh.method(start, scope="row"), batches_for("llama", count=4), precision="highest")
+    a, b = site_weights(model), site_weights(reference)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert "too small for one step" in report.steps[0].notes[0]
+
+
+def test_the_loss_falls_with_the_budget() -> None:
+    """On the batches that the search sees, summed over them: what it optimises."""
+    values = []
+    batches = batches_for("llama", count=4)
+    for steps in (0, 60):
+        model, _ = pruned(budget=f"{steps} steps", density=0.3, variables=256, tokens=32)
+        with torch.no_grad():
+            values.append(float(torch.cat([next_token_losses(model, b) for b in batches]).mean()))
+    assert values[1] < values[0]
+
+
+def test_frozen_weights_never_change_and_tabu_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+    searches: list[Search] = []
+    real = Search._solve
+
+    def watched(self: Search, layer: Any, gradients: Any, number: int) -> float:
+        result = real(self, layer, gradients, number)
+        searches.append(self)
+        if layer.waiting:
+            seen.setdefault(layer.site.name, []).append(layer.waiting[-1].clone())
+        return result
+
+    monkeypatch.setattr(Search, "_solve", watched)
+    start, _ = pruned(budget="0 steps")
+    model, _ = pruned(budget="12 steps", variables=16)
+    before, after = site_weights(start), site_weights(model)
+    for name, layer in searches[-1].layers.items():
+        changed = ((before[name] != 0) != (after[name] != 0)).flatten()
+        assert not bool((changed & ~layer.free).any())
+        capacity = round(0.4 * int(layer.free.sum()))
+        blocks = seen.get(name, [])
+        for earlier, later in pairwise(blocks):
+            if len(earlier) + len(later) <= capacity:
+                assert not set(earlier.tolist()) & set(later.tolist())
+
+
+def test_interrupted_keeps_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Search.schedule
+
+    def stopping(self: Search) -> Iterator[list[Site]]:
+        for number, sites in enumerate(real(self)):
+            if number == 4:
+                raise KeyboardInterrupt
+            yield sites
+
+    monkeypatch.setattr(icbs.Search, "schedule", stopping)
+    _, report = pruned(budget="50 steps")
+    assert "Interrupted after 4 steps" in report.steps[0].notes[0]
+    assert report.steps[0].sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_works_on_a_classifier_with_labels() -> None:
+    model = build("vit")
+    generator = torch.Generator().manual_seed(0)
+    pixels = [b if isinstance(b, torch.Tensor) else b["pixel_values"] for b in batches_for("vit", count=3)]
+    count = model(pixels[0]).logits.shape[1]
+    batches = [{"pixel_values": p, "labels": torch.randint(count, (len(p),), generator=generator)} for p in pixels]
+    report = bh.prune(model, bh.ICBS(**SMALL | {"budget": "3 steps"}), batches)
+    assert report.steps[0].sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_same_seed_same_mask() -> None:
+    a, b = site_weights(pruned(budget="3 steps")[0]), site_weights(pruned(budget="3 steps")[0])
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90s", (90.0, None)),
+        ("10m", (600.0, None)),
+        ("1h", (3600.0, None)),
+        ("300 steps", (None, 300)),
+        ("1 step", (None, 1)),
+    ],
+)
+def test_budgets(text: str, expected: tuple[float | None, int | None]) -> None:
+    assert _parse_budget(text) == expected
+
+
+def test_bad_budget_gets_a_sentence() -> None:
+    with pytest.raises(bh.BillhookError, match="a time such as 90s"):
+        bh.ICBS(budget="ten minutes")

@@ -1,0 +1,232 @@
+"""Allocations: exact budgets, and scores against what they estimate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import billhook as bh
+from billhook.calibrate.sensitivity import Tail, first_order, shortened, task_loss, zeroth_order
+from billhook.calibrate.walk import Walk
+from billhook.sparsity.allocations import ALLOCATIONS, proportional_keep
+from billhook.sparsity.select import budget
+from tiny import batches_for, build, weights_of
+
+
+def test_the_sheet_s_example() -> None:
+    sizes = dict(enumerate((1000, 2000, 4000, 1000, 2000)))
+    scores = dict(enumerate((0.1, 0.5, 0.2, 3.0, 0.05)))
+    keep = proportional_keep({str(k): v for k, v in scores.items()}, {str(k): v for k, v in sizes.items()}, 0.5, 0.6)
+    assert sum(keep.values()) == 5000
+    assert keep["3"] == 1000
+    for got, expected in zip(keep.values(), (448, 1036, 1692, 1000, 824), strict=True):
+        assert abs(got - expected) <= 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_budget_is_exact_and_the_cap_holds(data: st.DataObject) -> None:
+    groups = data.draw(st.integers(1, 12))
+    sizes = {str(g): data.draw(st.integers(1, 5000)) for g in range(groups)}
+    scores = {
+        str(g): 10.0 ** data.draw(st.floats(-3, 3)) * data.draw(st.sampled_from([0, 1, 1, 1])) for g in range(groups)
+    }
+    sparsity = data.draw(st.floats(0, 0.9))
+    cap = min(sparsity + data.draw(st.floats(0, 0.3)), 0.999)
+    keep = proportional_keep(scores, sizes, sparsity, cap)
+    total = sum(sizes.values())
+    assert sum(keep.values()) == total - budget(total, sparsity)
+    for g, size in sizes.items():
+        assert 0 <= keep[g] <= size
+        assert size - keep[g] <= size * cap + 1  # the last weight may be the rounding's
+    scaled = proportional_keep({g: 1000 * s for g, s in scores.items()}, sizes, sparsity, cap)
+    assert all(abs(scaled[g] - keep[g]) <= 1 for g in sizes)
+
+
+def test_raising_a_score_never_prunes_its_group_more() -> None:
+    sizes = {"a": 1000, "b": 700, "c": 4000}
+    previous = 0
+    for score in (0.0, 0.1, 1.0, 3.0, 10.0, 1e6):
+        keep = proportional_keep({"a": score, "b": 1.0, "c": 2.0}, sizes, 0.6, 0.7)["a"]
+        assert keep >= previous
+        previous = keep
+    assert previous == 870  # its minimum of 300, and all 570 that the cap leaves to be given
+
+
+def test_equal_scores_or_no_slack_mean_uniform() -> None:
+    sizes = {str(g): 1000 for g in range(5)}
+    assert set(proportional_keep(dict.fromkeys(sizes, 2.0), sizes, 0.5, 0.6).values()) == {500}
+    assert set(proportional_keep({g: float(g) for g in sizes}, sizes, 0.5, 0.5).values()) == {500}
+
+
+def test_unsaturated_case_is_the_closed_form() -> None:
+    sizes = dict.fromkeys("abcd", 10_000)
+    scores = {"a": 1.0, "b": 1.2, "c": 0.9, "d": 0.7}
+    keep = proportional_keep(scores, sizes, 0.5, 0.6)
+    total = sum(scores.values())
+    for g, score in scores.items():
+        assert 1 - keep[g] / 10_000 == pytest.approx(0.6 - 0.1 * 4 * score / total, abs=2e-4)
+
+
+def walk_of(family: str = "llama", count: int = 4) -> Walk:
+    return Walk(build(family), batches_for(family, count=count), precision="highest")
+
+
+def test_tail_gives_the_model_s_own_loss_from_every_block() -> None:
+    walk = walk_of()
+    batches = shortened(walk.batches, 3, 12, 2)
+    with walk.whole() as model:
+        expected = [float(task_loss(model(input_ids=b), b)) for b in batches]
+        tail = Tail(walk, batches)
+        for _ in walk.blocks:
+            assert [tail.loss(b) for b in range(len(batches))] == pytest.approx(expected, abs=1e-5)
+            tail.advance()
+
+
+def test_zeroth_order_estimates_gradient_norms() -> None:
+    """E|⟨z, g⟩| = √(2/π)·‖g‖ for every matrix, within the noise of 400 draws."""
+    walk = walk_of(count=1)
+    batches = shortened(walk.batches, 2, 12, 2)
+    norms = {}
+    model = walk.model
+    task_loss(model(input_ids=batches[0]), batches[0]).backward()
+    for site in walk.all_sites():
+        norms[site.name] = float(site.module.weight.grad.norm())
+    model.zero_grad()
+    scores = zeroth_order(walk, batches, group_by="matrix", draws=400)
+    for name, norm in norms.items():
+        assert scores[name] / 400 == pytest.approx(math.sqrt(2 / math.pi) * norm, rel=0.2), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zeroth_order_leaves_weights_and_random_state(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama").to(dtype)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    walk = Walk(model, batches_for("llama"), precision="highest")
+    state = torch.get_rng_state()
+    batches = shortened(walk.batches, 2, 8, 1)
+    first = zeroth_order(walk, batches)
+    assert zeroth_order(walk, batches) == pytest.approx(first, rel=1e-2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    def failing(self: Tail, batch: int) -> float:
+        assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())  # perturbed at that time
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(Tail, "loss", failing)
+    with pytest.raises(RuntimeError, match="enough"):
+        zeroth_order(walk, batches)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_zeroth_order_makes_two_passes_per_group_batch_and_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    real = Tail.loss
+
+    def counted(self: Tail, batch: int) -> float:
+        nonlocal calls
+        calls += 1
+        return real(self, batch)
+
+    monkeypatch.setattr(Tail, "loss", counted)
+    walk = walk_of()
+    batches = shortened(walk.batches, 4, 8, 2)
+    zeroth_order(walk, batches, draws=3)
+    assert calls == 2 * len(walk.blocks) * len(batches) * 3
+    calls = 0
+    zeroth_order(walk, batches, group_by="matrix")
+    assert calls == 2 * len(walk.all_sites()) * len(batches)
+
+
+def test_a_block_without_effect_scores_zero_and_is_pruned_most() -> None:
+    model = build("llama")
+    block = model.get_submodule("model.layers.1")
+    # the whole block is invisible where its norms are zero: both branches then add nothing, whatever their weights
+    for name, parameter in block.named_parameters():
+        if "norm" in name:
+            parameter.data.zero_()
+    walk = Walk(model, batches_for("llama"), precision="highest")
+    shares = ALLOCATIONS.parse("ecoflap").shares(walk, 0.5)
+    assert shares["model.layers.1.self_attn.q_proj"] == pytest.approx(0.6, abs=1e-3)
+    assert shares["model.layers.0.self_attn.q_proj"] < 0.5
+
+
+def test_first_order_is_the_gradient_s() -> None:
+    walk = walk_of(count=2)
+    model, batches = walk.model, walk.batches
+    expected = {site.name: 0.0 for site in walk.all_sites()}
+    for batch in batches:
+        model.zero_grad()
+        task_loss(model(input_ids=batch), batch).backward()
+        for site in walk.all_sites():
+            expected[site.name] += float((site.weight * site.module.weight.grad).abs().sum()) / len(batches)
+    model.zero_grad()
+    got = first_order(walk, batches, "grad_mag")
+    assert got == pytest.approx(expected, rel=1e-4)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["owl", "ecoflap", "ecoflap(score=grad_mag)", "ecoflap(group_by=matrix, samples=2)"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_every_method_reaches_the_overall_sparsity(name: str, method: str) -> None:
+    model = build("llama")
+    report = bh.prune(model, bh.method(method, sparsity=0.6, allocation=name, scope="layer"), batches_for("llama"))
+    assert report.steps[0].sparsity == pytest.approx(0.6, abs=2e-3)
+    shares = {round(site.asked, 6) for site in report.steps[0].sites}
+    assert len(shares) > 1
+    assert all(0.4 <= share <= 0.7001 or "ecoflap" in name for share in shares)
+
+
+def test_owl_follows_the_outliers() -> None:
+    """Scores of block 1 made to hold outliers: it is pruned less than block 0, by at most twice the limit."""
+    model = build("llama")
+    weight = model.get_submodule("model.layers.1.mlp.up_proj").weight.data
+    weight[:, ::7] *= 60
+    report = bh.prune(model, bh.Wanda(sparsity=0.6, allocation="owl(limit=0.05)"), batches_for("llama"))
+    asked = {site.block: site.asked for site in report.steps[0].sites}
+    assert asked[1] < 0.6 < asked[0]
+    assert max(asked.values()) - min(asked.values()) == pytest.approx(0.1, abs=1e-6)
+
+
+def test_uniform_is_the_method_alone() -> None:
+    a, b = build("llama"), build("llama")
+    bh.prune(a, bh.Wanda(sparsity=0.6), batches_for("llama"))
+    bh.prune(b, bh.Wanda(sparsity=0.6, allocation="uniform"), batches_for("llama"))
+    assert all(torch.equal(x, y) for x, y in zip(weights_of(a).values(), weights_of(b).values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("owll", r"No allocation 'owll' \(did you mean 'owl'\?\)"),
+        ("owl(limt=0.1)", r"Allocation owl has no option 'limt' \(did you mean 'limit'\?\)"),
+        ("owl(limit=2)", r"Allocation owl: limit=2 is not possible"),
+        ("owl(limit)", r"options are written as owl\(key=value, \.\.\.\)"),
+        ("uniform(x=1)", r"Allocation uniform has no options"),
+        ("owl(limit=[)", r"Allocation owl: limit="),
+        ("a b c", r"is not the name of a known allocation"),
+    ],
+)
+def test_bad_allocations_get_a_sentence(text: str, words: str) -> None:
+    with pytest.raises(bh.BillhookError, match=words):
+        bh.Wanda(allocation=text)
+
+
+def test_an_allocation_is_written_one_way() -> None:
+    from billhook.sparsity.allocations import OWL
+
+    for given_as in ("owl( limit = 0.1 )", {"name": "owl", "limit": 0.1}, OWL(limit=0.1)):
+        assert bh.Wanda(allocation=given_as).allocation == "owl(limit=0.1)"
+    assert bh.Wanda(allocation="owl(limit=0.08)").allocation == "owl"
+
+
+def test_density_is_one_minus_sparsity() -> None:
+    assert bh.Wanda(density=0.3).overall == 0.7
+    with pytest.raises(bh.BillhookError, match="leave one of the two out"):
+        bh.Wanda(density=0.3, sparsity=0.6)
