@@ -283,6 +283,14 @@ def test_bounds_change_nothing_on_a_large_block(size: int, monkeypatch: pytest.M
     assert moves > 100
 
 
+def test_a_revived_candidate_may_be_pruned_again() -> None:
+    q = torch.diag(torch.tensor([1.0, -4.0, -20.0, -5.0, 0.0]))
+    q[0, 3] = q[3, 0] = -3.0  # once 3 is pruned, 0 is worth pruning too
+    x = torch.tensor([True, True, False, False, True])
+    groups = torch.tensor([0, 0, 0, 1, 1])
+    assert list(steepest_swaps(Problem(matrix=q), x, groups)) == [(0, 2, -21.0), (4, 3, -5.0), (1, 0, -1.0)]
+
+
 def test_scale_is_the_mean_of_non_zero_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.tensor([[0.0, 2.0, 0.0], [2.0, -4.0, 0.0], [0.0, 0.0, 1.0]])
     monkeypatch.setattr(qubo, "_ENTRIES", 6)  # two rows at a time

@@ -20,8 +20,6 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.optimize import isotonic_regression
-from scipy.special import fdtrc
 
 from billhook.errors import BillhookError
 
@@ -111,8 +109,14 @@ def isotonic(quality: ArrayLike, weights: ArrayLike | None = None) -> _Array:
     Returns:
         float64 [n].
     """
-    fit: _Array = np.asarray(isotonic_regression(quality, weights=weights, increasing=False).x, dtype=np.float64)
-    return fit
+    values = np.asarray(quality, dtype=np.float64)
+    pools: list[tuple[float, float, int]] = []  # mean, weight, count
+    for value, weight in zip(values, np.ones_like(values) if weights is None else np.asarray(weights), strict=True):
+        pools.append((float(value), float(weight), 1))
+        while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
+            (second, v, m), (first, w, n) = pools.pop(), pools.pop()
+            pools.append(((first * w + second * v) / (w + v), w + v, n + m))
+    return np.repeat([mean for mean, _, _ in pools], [count for _, _, count in pools])
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,8 @@ class Hinge:
             return None
         if self.sse <= 0:
             return 0.0
-        free = self.count - 4
-        return float(fdtrc(2, free, (self.sse_line - self.sse) / 2 / (self.sse / free)))
+        # For two degrees of freedom above the line the F distribution has a closed tail.
+        return float((self.sse / self.sse_line) ** ((self.count - 4) / 2))
 
     def sharpness(self, drop: float) -> float:
         """Slope after / slope before, the latter at least as steep as losing `drop` from 0 to tau.

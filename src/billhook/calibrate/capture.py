@@ -85,13 +85,15 @@ def quiet(model: nn.Module) -> Iterator[None]:
     training = model.training
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
-    model.eval()
+    if training:  # walking over all modules of a large model takes milliseconds
+        model.eval()
     if config is not None and cache is not None:
         config.use_cache = False
     try:
         yield
     finally:
-        model.train(training)
+        if training:
+            model.train()
         if config is not None and cache is not None:
             config.use_cache = cache
 

@@ -9,6 +9,8 @@ from billhook.calibrate.statistics import Statistic
 from billhook.errors import BillhookError
 from billhook.system import finite
 
+_WIDE = 1024  # channels from which three strips are faster than one product: a third of the work is saved
+
 
 class Gram(Statistic["Gram"]):
     """Gram matrix of the input, H = Σ x xᵀ over all calibration tokens, float32 [in, in].
@@ -21,12 +23,18 @@ class Gram(Statistic["Gram"]):
         super().__init__(width, device)
         self.matrix = torch.zeros(width, width, dtype=torch.float32, device=device)
         self.sums = [self.matrix]
+        self._strip = width if width < _WIDE else -(-width // 3)
 
     def update(self, x: Tensor) -> None:
         x = x.float()
-        self.matrix.addmm_(x.T, x)
+        for start in range(0, self.width, self._strip):  # on and below the diagonal; the rest is its mirror image
+            strip = slice(start, start + self._strip)
+            self.matrix[start:, strip].addmm_(x[:, start:].T, x[:, strip])
 
     def result(self) -> Gram:
+        for start in range(0, self.width, self._strip):
+            strip = slice(start, start + self._strip)
+            self.matrix[strip, start + self._strip :] = self.matrix[start + self._strip :, strip].T
         return self
 
     @property

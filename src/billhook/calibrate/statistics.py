@@ -44,7 +44,8 @@ class ColumnNorm(Statistic[Tensor]):
         self.sums = [self.square_sum]
 
     def update(self, x: Tensor) -> None:
-        self.square_sum += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
+        x = x.float()
+        self.square_sum += (x * x).sum(dim=0)  # vector_norm along this dimension is ten times slower
 
     def result(self) -> Tensor:
         return self.square_sum.sqrt()
