@@ -1,8 +1,8 @@
-"""Runs the authors' own code of Wanda and SparseGPT under the laptop protocol, for reference numbers.
+"""Runs the authors' own code of Wanda, SparseGPT and DSnoT under the laptop protocol, for reference numbers.
 
-Needs checkouts of github.com/locuslab/wanda and github.com/IST-DASLab/sparsegpt; nothing of theirs is kept
-here. Their drivers (`prune_wanda`, `prune_magnitude`, `llama_sequential`), statistics, masks and solver run
-unchanged. They were written for an older transformers and for CUDA, so this is bent from outside:
+Needs checkouts of github.com/locuslab/wanda, IST-DASLab/sparsegpt and zyxxmu/DSnoT; nothing of theirs is kept
+here. Their drivers (`prune_wanda`, `prune_magnitude`, `llama_sequential`, `prune_DSnoT`), statistics, masks and
+solver run unchanged. They were written for an older transformers and for CUDA, so this is bent from outside:
 
 - `get_loaders` hands out the protocol's tokens, `model.seqlen` is their length, `model.hf_device_map` empty;
 - every decoder layer gets rotary position embeddings for positions 0..length-1 (the drivers pass none) and
@@ -104,9 +104,24 @@ def prune(model: Any, tokens: torch.Tensor, args: argparse.Namespace) -> None:
         )
         theirs.llama_sequential(model, loader, device)
         return
-    theirs = load(args.wanda, "lib.prune")
+    theirs = load(args.dsnot if args.method == "dsnot" else args.wanda, "lib.prune")
     theirs.get_loaders = lambda *_, **__: (loader, None)
     options = argparse.Namespace(nsamples=len(loader), seed=0, sparsity_ratio=args.sparsity, use_variant=False)
+    if args.method == "dsnot":  # the defaults of their command line, on Wanda's mask; cycles and modules as asked
+        options = argparse.Namespace(
+            **vars(options),
+            initial_method="wanda",
+            max_cycle_time=args.cycles,
+            update_threshold=0.1,
+            pow_of_var_regrowing=1,
+            pow_of_var_pruning=1,
+            skip_layer=args.skip_layer,
+            skip_sub_layer="no_skip",
+            without_same_sign=True,
+            get_time_overhead=False,
+        )
+        theirs.prune_DSnoT(options, model, None, device, prune_n=n, prune_m=m)
+        return
     driver = theirs.prune_wanda if args.method == "wanda" else theirs.prune_magnitude
     driver(options, model, None, device, prune_n=n, prune_m=m)
 
@@ -115,9 +130,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--wanda", help="checkout of locuslab/wanda")
     parser.add_argument("--sparsegpt", help="checkout of IST-DASLab/sparsegpt")
+    parser.add_argument("--dsnot", help="checkout of zyxxmu/DSnoT")
+    parser.add_argument("--cycles", type=int, default=50, help="dsnot: swaps per row")
+    parser.add_argument("--skip-layer", default="mlp", choices=["mlp", "no_skip"], help="dsnot: what keeps its mask")
     parser.add_argument("--model", required=True, help="plain Hugging Face folder of a Llama-like model")
     parser.add_argument("--wikitext", required=True, help="folder with the raw WikiText-2 files")
-    parser.add_argument("--method", required=True, choices=["magnitude", "wanda", "sparsegpt"])
+    parser.add_argument("--method", required=True, choices=["magnitude", "wanda", "sparsegpt", "dsnot"])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="unstructured or N:M, e.g. 2:4")
     parser.add_argument("--samples", type=int, default=protocol.SAMPLES)
@@ -127,7 +145,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
     parser.add_argument("--out", help="folder for the pruned model")
     args = parser.parse_args()
-    needed = args.sparsegpt if args.method == "sparsegpt" else args.wanda
+    needed = {"sparsegpt": args.sparsegpt, "dsnot": args.dsnot}.get(args.method, args.wanda)
     if not needed:
         parser.error(f"--method {args.method} needs its checkout")
 

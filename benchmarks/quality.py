@@ -18,13 +18,11 @@ import protocol
 import torch
 
 import billhook as bh
+from billhook.compare import steps_of
+from billhook.declared import split_outside
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt")
 TARGETS = ("0.5", "0.6", "0.7", "2:4", "4:8")
-
-
-def options(target: str) -> dict[str, Any]:
-    return {"pattern": target} if ":" in target else {"sparsity": float(target)}
 
 
 def main() -> None:
@@ -34,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--precision", default="auto", help="of the calibration passes: auto, highest, bf16")
     parser.add_argument("--seeds", default="0", help="calibration seeds, comma-separated")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(METHODS), help="as in billhook compare: wanda(refine=dsnot), ...")
     parser.add_argument("--targets", default=",".join(TARGETS))
     arguments = parser.parse_args()
 
@@ -50,21 +48,21 @@ def main() -> None:
         if run:
             tokens = protocol.calibration_tokens(tokenizer, arguments.wikitext, seed=run["seed"])
             start = time.perf_counter()
-            method = bh.method(run["method"], **options(run["target"]))
-            report = bh.prune(model, method, list(torch.split(tokens, 8)), precision=arguments.precision)
-            seconds, sparsity = time.perf_counter() - start, report.steps[0].sparsity
+            steps = steps_of(run["method"], run["target"])
+            report = bh.prune(model, steps, list(torch.split(tokens, 4)), precision=arguments.precision)
+            seconds, sparsity = time.perf_counter() - start, report.steps[-1].sparsity
         value = bh.perplexity(model, windows)
         known[key] = {**run, "perplexity": value, "sparsity": sparsity, "seconds": seconds}
         arguments.out.write_text(json.dumps(known, indent=1))
         print(f"{key}: perplexity {value:.4f}, sparsity {sparsity:.4f}, {seconds:.0f} s", flush=True)
 
-    methods, targets = arguments.methods.split(","), arguments.targets.split(",")
+    methods, targets = split_outside(arguments.methods, ","), arguments.targets.split(",")
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     measure("dense")
     for seed in seeds:
         for target in targets:
             for method in methods:
-                if method == "magnitude" and seed != seeds[0]:
+                if method == METHODS[0] and seed != seeds[0]:
                     continue  # reads no data
                 measure(f"{method} {target} {arguments.precision} {seed}", method=method, target=target, seed=seed)
 

@@ -1,19 +1,18 @@
-"""Write docs/methods/NAME.md for every method, from what it declares; `--check` only compares."""
+"""Write docs/methods/NAME.md for every method, allocation and refiner; `--check` only compares."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from billhook.methods import methods
-from billhook.methods.card import card
+from billhook.methods.card import card, declared
 
 FOLDER = Path(__file__).parent / "methods"
 
 
 def main() -> int:
     stale = []
-    for name, cls in methods().items():
+    for name, cls in declared().items():
         path = FOLDER / f"{name}.md"
         if not path.is_file() or path.read_text(encoding="utf-8") != card(cls):
             stale.append(path.name)

@@ -355,6 +355,115 @@ def test_a_prune_folder_is_not_overwritten_by_a_comparison(call: Call, make_fold
     assert "another billhook command" in call(*compare_command(folder, corpus)).error
 
 
+def test_a_composition(call: Call, make_folder: MakeFolder, corpus: Path) -> None:
+    options = ["--method", "wanda", "--density", "0.4", "--allocation", "ecoflap(samples=2, length=8)"]
+    options += ["--refine", "dsnot(modules=all)", "--recover", "perp(training_steps=2, rank=2)", "--json"]
+    done = call("prune", make_folder(), "--out", "out", *options, *short(corpus))
+    assert done.code == 0
+    first, second = done.json["steps"]
+    assert first["options"]["allocation"] == "ecoflap(samples=2, length=8)"
+    assert second["method"] == "perp"
+    total = sum(site["shape"][0] * site["shape"][1] for site in first["sites"])
+    for step in (first, second):
+        zeros = sum(site["sparsity"] * site["shape"][0] * site["shape"][1] for site in step["sites"])
+        assert zeros / total == pytest.approx(0.6, abs=0.02)
+
+
+def test_icbs_with_a_budget(call: Call, make_folder: MakeFolder, corpus: Path) -> None:
+    options = ["--method", "icbs", "--density", "0.5", "--variables", "64", "--tokens", "16"]
+    done = call("prune", make_folder(), "--out", "a", *options, "--budget", "2s", "--json", *short(corpus))
+    assert done.code == 0
+    assert not done.json["steps"][0]["notes"]
+    nothing = call("prune", make_folder(), "--out", "b", *options, "--budget", "0s", *short(corpus))
+    assert nothing.code == 0
+    assert "too small for one step" in nothing.out
+
+
+def test_training_on_the_evaluation_text_is_refused_unless_forced(
+    call: Call, make_folder: MakeFolder, corpus: Path, tmp_path: Path
+) -> None:
+    both = tmp_path / "both.txt"  # its calibration part holds what the other's evaluation part holds
+    text = corpus.read_text()
+    both.write_text(text[len(text) // 2 :] + text[: len(text) // 2])
+    options = ["--method", "magnitude", "--recover", "perp(training_steps=1, rank=2)", "--out", "out"]
+    options += ["--data", f"text:{both}", "--samples", "64", "--length", "32", "--eval-data", f"text:{corpus}"]
+    options += ["--eval-length", "32", "--eval-windows", "0"]
+    refused = call("prune", make_folder(), *options)
+    assert refused.code == 2
+    assert re.search(r"\d+% of the calibration text is also in the evaluation text", refused.error)
+    assert not Path("out").exists()
+    assert call("prune", make_folder(), *options, "--force").code == 0
+
+
+@pytest.fixture
+def taught(make_folder: MakeFolder, tmp_path: Path) -> tuple[Path, Path]:
+    """A folder of a tiny model that is better than guessing, and the text it knows."""
+    text = tmp_path / "known.txt"
+    text.write_text("w1 w2 w3 w4 w5 w6 w7 w8 " * 800, encoding="utf-8")
+    folder = make_folder()
+    model, _ = bh.load(str(folder))
+    ids = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8]).repeat(4)[None]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder, text
+
+
+def test_sparsity_curve(call: Call, taught: tuple[Path, Path]) -> None:
+    folder, corpus = taught
+    options = ["--grid", "0.2,0.5,0.8", "--rho", "0.1", "--pattern", "2:4", *short(corpus)]
+    done = call("sparsity-curve", folder, "--out", "curve", *options, "--json")
+    assert done.code == 0
+    points = done.json["curve"]["points"]
+    assert {0.0, 0.2} <= {point["sparsity"] for point in points}
+    assert done.json["nm_points"][0]["pattern"] == "2:4"
+    assert {path.name for path in Path("curve").iterdir()} >= {"index.html", "curve.csv", "curve.json"}
+    again = call("sparsity-curve", folder, "--out", "curve", *options)
+    assert again.code == 0
+    assert "Already there" in again.out
+
+
+def test_an_interrupted_curve_keeps_its_points(
+    call: Call, taught: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from billhook import curve
+
+    folder, corpus = taught
+    options = ["--grid", "0.2,0.5,0.8", "--rho", "0.1", *short(corpus)]
+    real, calls = curve.evaluate, 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(curve, "evaluate", failing)
+    assert call("sparsity-curve", folder, "--out", "curve", *options).code == 130
+    calls = 100
+    monkeypatch.setattr(curve, "evaluate", real)
+    finished = call("sparsity-curve", folder, "--out", "curve", *options, "--json")
+    whole = call("sparsity-curve", folder, "--out", "whole", *options, "--json")
+    assert finished.json["curve"]["points"] == whole.json["curve"]["points"]
+    assert finished.json["matrices"] == whole.json["matrices"]
+
+
+def test_compare_takes_compositions(call: Call, make_folder: MakeFolder, corpus: Path) -> None:
+    names = "wanda(refine=dsnot(cycles=2, modules=all)),magnitude+perp(training_steps=2, rank=2)"
+    done = call(
+        "compare", make_folder(), "--methods", names, "--sparsity", "0.5", "--out", "t", "--json", *short(corpus)
+    )
+    assert done.code == 0
+    assert [cell["method"] for cell in done.json["cells"]] == [
+        "wanda(refine=dsnot(cycles=2, modules=all))",
+        "magnitude+perp(training_steps=2, rank=2)",
+    ]
+
+
 def test_methods(call: Call) -> None:
     listed = call("methods")
     assert listed.code == 0

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from billhook.declared import split_outside
 from billhook.errors import BillhookError, nearest
 from billhook.methods import methods
 from billhook.recipe import Job
@@ -443,26 +444,33 @@ def list_methods(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """List the methods, or show one's card: paper, hyperparameters with ranges, needs, when to use it.
+    """List methods, allocations and refiners, or show one's card: paper, hyperparameters, needs, when to use it.
 
     Example: billhook methods wanda
     """
-    from billhook.methods.card import card, describe
+    from billhook.methods.card import card, declared, describe
 
-    known = methods()
+    known = declared()
     if name is not None and name not in known:
         raise BillhookError(f"No method {name!r}{nearest(name, known)}: there are {', '.join(known)}.")
     if as_json:
-        _print_json(describe(known[name]) if name else {"methods": [describe(cls) for cls in known.values()]})
+        if name:
+            _print_json(describe(known[name]))
+        else:
+            kinds = ("method", "allocation", "refiner")
+            of_kind = {k: [describe(cls) for cls in known.values() if cls.kind == k] for k in kinds}
+            _print_json({f"{kind}s": cards for kind, cards in of_kind.items()})
     elif name:
         from rich.markdown import Markdown
 
         _out.print(Markdown(card(known[name])))
     else:
-        table = Table("method", "what it does", "needs", box=None, padding=(0, 2, 0, 0))
-        for key, cls in known.items():
-            table.add_row(f"[bold]{key}[/]", cls.summary, cls.needs)
-        _out.print(table)
+        for kind in ("method", "allocation", "refiner"):
+            table = Table(kind, "what it does", "needs", box=None, padding=(0, 2, 1, 0))
+            for key, cls in known.items():
+                if cls.kind == kind:
+                    table.add_row(f"[bold]{key}[/]", cls.summary, getattr(cls, "needs", "calibration"))
+            _out.print(table)
 
 
 @app.command(name="inspect")
@@ -577,7 +585,7 @@ def _is_main() -> bool:
 
 
 def _list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return split_outside(text, ",")
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,10 +12,12 @@ import torch
 from billhook.anatomy import anatomy_of
 from billhook.calibrate import distributed
 from billhook.calibrate.walk import Walk
+from billhook.declared import split_outside
 from billhook.errors import BillhookError
 from billhook.export import Target
 from billhook.measure import evaluate
-from billhook.methods import Method, method
+from billhook.methods import Method
+from billhook.methods.base import METHODS
 from billhook.models.files import write_atomically
 from billhook.models.load import load
 from billhook.recipe import Job
@@ -40,7 +43,7 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
 
     Args:
         job: model, data and protocol; its steps are ignored.
-        names: methods.
+        names: methods as users type them, with options and steps after them: `wanda(refine=dsnot)+perp`.
         targets: sparsities such as "0.5" and patterns such as "2:4".
         force: overwrite `job.out`.
 
@@ -50,7 +53,7 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
     Raises:
         BillhookError: an unknown method or an impossible target, before any work; or what `execute` raises.
     """
-    cells = [(name, target, _method(name, target)) for name in names for target in targets]
+    cells = [(name, target, steps_of(name, target)) for name in names for target in targets]
     target_folder = Target(job.out)
     if not force:
         target_folder.refuse_foreign("table.json")
@@ -63,13 +66,19 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
     model, tokenizer = load(job.model, dtype=parse_dtype(job.dtype), stream=True)
     refuse_source(model, target_folder)
     family = anatomy_of(model)
-    batches, windows, calibration = prepare_data(job, model, tokenizer, family, [m for _, _, m in cells])
+    batches, windows, calibration = prepare_data(
+        job, model, tokenizer, family, [step for _, _, steps in cells for step in steps]
+    )
     if windows is None:
         raise BillhookError("A comparison needs perplexities: use a language model and leave --no-eval out.")
-    for _, _, one in cells:
-        one.check(Walk(model, batches, needs="forward"))
+    for _, _, steps in cells:
+        for step in steps:
+            step.check(Walk(model, batches, needs="forward"))
 
-    described = {"job": job.model_dump(mode="json"), "cells": [(n, t, m.options()) for n, t, m in cells]}
+    described = {
+        "job": job.model_dump(mode="json"),
+        "cells": [(n, t, [s.options() for s in steps]) for n, t, steps in cells],
+    }
     fingerprint = fingerprint_of(model, calibration, described)
     if opened(target_folder, fingerprint, force, marker="table.json"):
         return Comparison.model_validate_json((job.out / "table.json").read_text(encoding="utf-8")), True
@@ -85,8 +94,8 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
         comparison = Comparison(
             model=job.model, dense=dense, calibration=calibration, machine=machine(), versions=versions()
         )
-        for name, target, one in cells:
-            label = f"{name}-{target.replace(':', 'of')}"
+        for name, target, steps in cells:
+            label = re.sub(r"[^\w.-]+", "_", f"{name}-{target.replace(':', 'of')}")
             record = staging / f"{label}.json"
             if distributed.agree(int(record.is_file())):
                 comparison.cells.append(Cell.model_validate_json(record.read_text(encoding="utf-8")))
@@ -94,7 +103,7 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
             reset_peak_memory()
             start = time.perf_counter()
             model, _ = load(job.model, dtype=parse_dtype(job.dtype), stream=True)
-            steps, _ = run_steps(model, [one], batches, staging / label, options)
+            records, _ = run_steps(model, steps, batches, staging / label, options)
             seconds, peak = time.perf_counter() - start, peak_memory()
             after = evaluate(
                 model, windows, eval_data, device=options.device, max_memory=options.max_memory, label=label
@@ -102,7 +111,7 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
             cell = Cell(
                 method=name,
                 target=target,
-                sparsity=steps[0].sparsity,
+                sparsity=records[-1].sparsity,
                 perplexity=after.perplexity,
                 seconds=seconds,
                 peak_memory=peak,
@@ -122,11 +131,14 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
     return comparison, False
 
 
-def _method(name: str, target: str) -> Method:
+def steps_of(text: str, target: str) -> list[Method]:
+    """The steps of a cell: `wanda`, `wanda(refine=dsnot)`, `magnitude+perp`; the target is the first one's."""
+    first, *rest = split_outside(text, "+") or [""]
     if ":" in target:
-        return method(name, pattern=target)
-    try:
-        sparsity = float(target)
-    except ValueError:
-        raise BillhookError(f"{target!r} is neither a sparsity such as 0.5 nor a pattern such as 2:4.") from None
-    return method(name, sparsity=sparsity)
+        goal: dict[str, object] = {"pattern": target}
+    else:
+        try:
+            goal = {"sparsity": float(target)}
+        except ValueError:
+            raise BillhookError(f"{target!r} is neither a sparsity such as 0.5 nor a pattern such as 2:4.") from None
+    return [METHODS.parse(first, **goal), *(METHODS.parse(one) for one in rest)]

@@ -101,8 +101,10 @@ class Registry(Generic[T]):
             raise BillhookError(f"No {self.kind} {name!r}{nearest(name, self._known)}: there are {', '.join(self)}.")
         return self._known[name](**options)
 
-    def parse(self, given: Any) -> T:
+    def parse(self, given: Any, **more: Any) -> T:
         """An instance from text such as `owl(limit=0.1)`, a mapping `{"name": "owl", "limit": 0.1}`, or itself.
+
+        `more` are options beside those in the text.
 
         Raises:
             BillhookError: as `make`; or text that is not a name with options.
@@ -117,11 +119,11 @@ class Registry(Generic[T]):
         match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", str(given), re.DOTALL)
         if match is None:
             raise BillhookError(f"{str(given)!r} is not the name of a known {self.kind}: there are {', '.join(self)}.")
-        return self.make(match[1], **self._options(match[1], match[2] or ""))
+        return self.make(match[1], **{**self._options(match[1], match[2] or ""), **more})
 
     def _options(self, name: str, text: str) -> dict[str, Any]:
         options: dict[str, Any] = {}
-        for part in filter(None, (piece.strip() for piece in text.split(","))):
+        for part in split_outside(text, ","):
             key, equals, value = (piece.strip() for piece in part.partition("="))
             if not equals or not key.isidentifier():
                 raise BillhookError(
@@ -129,6 +131,18 @@ class Registry(Generic[T]):
                 )
             options[key] = _read(value)
         return options
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """The parts of `text` between separators that are not inside parentheses, stripped, without empty ones."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _read(text: str) -> Any:

@@ -298,6 +298,9 @@ def prepare_data(
                 f"{name}={length} is more than the {limit} positions of the model: use at most {limit}."
             )
     batch = 1 if job.max_memory else None
+    if distributed.world() > 1:  # every process gets a batch
+        share = max(1, job.samples // distributed.world())
+        batch = min(batch or max(1, data.BATCH_TOKENS // job.length), share)
     batches = data.calibration(job.data, tokenizer, samples=job.samples, length=job.length, seed=job.seed, batch=batch)
     calibration = Calibration(
         data=job.data,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -104,6 +105,49 @@ def test_a_walk_that_stopped_goes_on_with_the_same_bits(
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("stop_after", range(1, 9))
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [bh.Wanda(sparsity=0.6, allocation="owl", refine="dsnot(modules=all)"), bh.PERP(training_steps=3, rank=2)],
+        [bh.ICBS(budget="2 steps", variables=64, tokens=16), bh.PERP(training_steps=3, rank=2, objective="global")],
+        [bh.Magnitude(allocation="ecoflap(samples=2, length=8)")],
+    ],
+    ids=["block by block", "whole model", "one step"],
+)
+def test_several_steps_go_on_with_the_same_bits(
+    stop_after: int,
+    steps: list[bh.Method],
+    make_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stops at every commit of both steps; what is computed before the first block is part of what must agree."""
+    folder, batches = make_folder(), batches_for("llama")
+    whole, _ = bh.load(folder, stream=True)
+    bh.prune(whole, steps, batches, out=tmp_path / "whole")
+    commit, blocks = Journal.commit, 0
+
+    def stopping(self: Journal, *args: object, **kwargs: object) -> object:
+        nonlocal blocks
+        if blocks == stop_after:
+            raise Killed
+        blocks += 1
+        return commit(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Journal, "commit", stopping)
+    model, _ = bh.load(folder, stream=True)
+    if stop_after < 3 * len(steps):
+        with pytest.raises(Killed):
+            bh.prune(model, steps, batches, out=tmp_path / "out")
+    monkeypatch.setattr(Journal, "commit", commit)
+    model, _ = bh.load(folder, stream=True)
+    report = bh.prune(model, steps, batches, out=tmp_path / "out")
+    assert [len(step.blocks) for step in report.steps] == [3] * len(steps)
+    a, b = result_of(tmp_path / "whole"), result_of(tmp_path / "out")
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_resume_passes_no_block_twice_where_hidden_states_were_saved(
@@ -238,6 +282,64 @@ def test_two_processes_give_the_masks_of_one(method: str, make_folder: Callable[
         assert ((a[key] == 0) == (b[key] == 0)).float().mean() > 0.995, key
         same = (a[key] == 0) == (b[key] == 0)
         torch.testing.assert_close(a[key][same], b[key][same], rtol=1e-2, atol=1e-2)
+
+
+def test_the_command_line_under_torchrun(make_folder: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
+    """One report, one JSON object on stdout, the masks of one process; a mistake is said once and ends with 2."""
+    folder = make_folder()
+    options = [
+        "prune",
+        str(folder),
+        "--method",
+        "wanda",
+        "--sparsity",
+        "0.6",
+        "--allocation",
+        "owl",
+        "--refine",
+        "dsnot",
+    ]
+    options += ["--data", f"text:{corpus}", "--samples", "8", "--length", "16", "--eval-length", "16", "--json"]
+    options += ["--eval-windows", "8", "--precision", "highest"]
+    one = [sys.executable, "-m", "billhook", *options, "--out", str(tmp_path / "one")]
+    subprocess.run(one, env=environment(), check=True, timeout=120, capture_output=True)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "-m",
+        "billhook",
+    ]
+    done = subprocess.run(
+        [*torchrun, *options, "--out", str(tmp_path / "two")],
+        env=environment(),
+        check=True,
+        timeout=180,
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(done.stdout)["processes"] == 2
+    a, b = result_of(tmp_path / "one"), result_of(tmp_path / "two")
+    for key in a:
+        assert ((a[key] == 0) == (b[key] == 0)).float().mean() > 0.99, key
+    before, after = bh.Report.read(tmp_path / "one").after, bh.Report.read(tmp_path / "two").after
+    assert before is not None
+    assert after is not None
+    assert after.perplexity == pytest.approx(before.perplexity, rel=0.01)
+
+    wrong = subprocess.run(
+        [*torchrun, *options, "--out", str(tmp_path / "bad"), "--scope", "diagonal"],
+        env=environment(),
+        timeout=180,
+        capture_output=True,
+        text=True,
+    )
+    assert wrong.returncode != 0
+    assert "scope='diagonal' is not possible" in wrong.stderr
+    assert not (tmp_path / "bad").exists()
 
 
 def test_fewer_batches_than_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import billhook as bh
 from billhook.anatomy import Site
 from billhook.calibrate.fisher import next_token_losses
-from billhook.methods import icbs
+from billhook.calibrate.walk import Walk
 from billhook.methods.icbs import Search, _parse_budget
 from tiny import batches_for, build, site_weights
 
@@ -89,18 +90,49 @@ def test_frozen_weights_never_change_and_tabu_holds(monkeypatch: pytest.MonkeyPa
 
 
 def test_interrupted_keeps_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Search.schedule
+    real = Search.sites
 
-    def stopping(self: Search) -> Iterator[list[Site]]:
-        for number, sites in enumerate(real(self)):
-            if number == 4:
-                raise KeyboardInterrupt
-            yield sites
+    def stopping(self: Search) -> list[Site]:
+        if self.number == 4:
+            raise KeyboardInterrupt
+        return real(self)
 
-    monkeypatch.setattr(icbs.Search, "schedule", stopping)
-    _, report = pruned(budget="50 steps")
+    monkeypatch.setattr(Search, "sites", stopping)
+    _, report = pruned(budget="50 steps", keep="best")
     assert "Interrupted after 4 steps" in report.steps[0].notes[0]
     assert report.steps[0].sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("selection", ["gradient", "random"])
+def test_a_killed_search_goes_on_with_the_same_bits(
+    selection: str, make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, batches = make_folder(), batches_for("llama", count=4)
+    method = bh.ICBS(**SMALL | {"budget": "12 steps", "selection": selection})
+    whole, _ = bh.load(folder, stream=True)
+    bh.prune(whole, method, batches, out=tmp_path / "whole", precision="highest")
+
+    monkeypatch.setattr(Walk.keep_state, "__kwdefaults__", {"every": 0.0})
+    real = Search.sites
+
+    def killed(self: Search) -> list[Site]:
+        if self.number == 7:
+            raise RuntimeError("killed")
+        return real(self)
+
+    monkeypatch.setattr(Search, "sites", killed)
+    model, _ = bh.load(folder, stream=True)
+    with pytest.raises(RuntimeError, match="killed"):
+        bh.prune(model, method, batches, out=tmp_path / "out", precision="highest")
+    seen: list[int] = []
+    monkeypatch.setattr(Search, "sites", lambda self: (seen.append(self.number), real(self))[1])
+    model, _ = bh.load(folder, stream=True)
+    bh.prune(model, method, batches, out=tmp_path / "out", precision="highest")
+    assert seen[0] == 7
+    a, _ = bh.load(tmp_path / "whole")
+    b, _ = bh.load(tmp_path / "out")
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
 
 
 def test_works_on_a_classifier_with_labels() -> None:

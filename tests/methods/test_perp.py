@@ -10,6 +10,8 @@ import torch
 
 import billhook as bh
 from billhook.calibrate.sensitivity import task_loss
+from billhook.calibrate.walk import Walk
+from billhook.recover.train import Loop
 from tiny import batches_for, build, site_weights
 
 FAMILIES = ["llama", "opt", "gpt2"]
@@ -89,6 +91,38 @@ def test_a_streamed_model_gives_the_same(make_folder: Any, tmp_path: Path) -> No
         resident, _ = run(objective=objective)
         for (name, a), b in zip(resident.state_dict().items(), streamed.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
+
+
+def test_killed_training_goes_on_with_the_same_bits(
+    make_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, batches = make_folder("llama"), batches_for("llama", count=4)
+    steps = [bh.Magnitude(), bh.PERP(**FEW, objective="global")]
+    whole, _ = bh.load(str(folder), stream=True)
+    bh.prune(whole, steps, batches, out=tmp_path / "whole", precision="highest")
+
+    monkeypatch.setattr(Walk.keep_state, "__kwdefaults__", {"every": 0.0})
+    real, calls = Loop._take_step, 0
+
+    def killed(self: Loop) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise RuntimeError("killed")
+        real(self)
+
+    monkeypatch.setattr(Loop, "_take_step", killed)
+    model, _ = bh.load(str(folder), stream=True)
+    with pytest.raises(RuntimeError, match="killed"):
+        bh.prune(model, steps, batches, out=tmp_path / "out", precision="highest")
+    calls = 100
+    model, _ = bh.load(str(folder), stream=True)
+    bh.prune(model, steps, batches, out=tmp_path / "out", precision="highest")
+    assert calls == 100 + 12 - 5
+    a, _ = bh.load(str(tmp_path / "whole"))
+    b, _ = bh.load(str(tmp_path / "out"))
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
 
 
 def test_groups_are_what_was_asked_for() -> None:

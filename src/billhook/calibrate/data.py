@@ -45,7 +45,7 @@ _HELD_OUT = 0.2
 # How far from the wanted place, as a share of the text, a cleaner cut may lie before a finer one is taken.
 _CUT_TOLERANCE = 0.1
 
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
 # The C4 protocol redraws documents until one is long enough; a bound turns an endless search into an error.
 _MAX_DRAWS = 20_000
 _C4_VALIDATION_DOCUMENTS = 1100
@@ -150,7 +150,7 @@ def calibration(
             )
         starts = [rng.randint(0, found - length - 1) for _ in range(samples)]
         rows = [stream[start : start + length] for start in starts]
-    size = max(1, _BATCH_TOKENS // length) if batch is None else batch
+    size = max(1, BATCH_TOKENS // length) if batch is None else batch
     return [torch.stack(rows[first : first + size]) for first in range(0, samples, size)]
 
 

@@ -72,8 +72,8 @@ def inverse_cholesky(gram: Tensor, damping: float = 0.01) -> Tensor:
         raise BillhookError("The Gram matrix of the calibration input is not finite: check the activations.")
     strength = damping
     while True:
-        lower, info = torch.linalg.cholesky_ex(damped(gram, strength).flip(0, 1))
-        if int(info) == 0:
+        lower = cholesky(damped(gram, strength).flip(0, 1))
+        if lower is not None:
             upper = inverse_triangular(lower).flip(0, 1)
             if finite(upper):
                 return upper.contiguous()
@@ -83,6 +83,28 @@ def inverse_cholesky(gram: Tensor, damping: float = 0.01) -> Tensor:
                 "calibration data."
             )
         strength = min(1.0, max(strength, 1e-3) * 10)
+
+
+def cholesky(matrix: Tensor, base: int = 256) -> Tensor | None:
+    """Lower triangular L with LLᵀ = matrix, [n, n]; None where it is not positive definite. `matrix` is overwritten.
+
+    Block by block: most of the work is matrix products, which are faster than the library's factorisation of the
+    whole on CPUs.
+    """
+    n = len(matrix)
+    for start in range(0, n, base):
+        end = min(start + base, n)
+        block, info = torch.linalg.cholesky_ex(matrix[start:end, start:end])
+        if int(info) != 0:
+            return None
+        matrix[start:end, start:end] = block
+        if end < n:
+            below = matrix[end:, start:end]
+            below.copy_(torch.linalg.solve_triangular(block, below.T, upper=False).T)
+            for left in range(end, n, base):  # on and below the diagonal only
+                right = min(left + base, n)
+                matrix[left:, left:right].addmm_(matrix[left:, start:end], matrix[left:right, start:end].T, alpha=-1)
+    return matrix.tril_()
 
 
 def inverse_triangular(lower: Tensor, base: int = 256) -> Tensor:

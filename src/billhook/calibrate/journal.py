@@ -60,6 +60,19 @@ class Journal:
         path = self.folder / "rest.safetensors"
         return read_index(path)[0] if path.is_file() else {}
 
+    def keep_state(self, rank: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Keep what one process of a long step needs to go on, in place of what it kept before."""
+        entries = [Entry.of(name, tensor) for name, tensor in tensors.items()]
+        write(self.folder / f"state-{rank}.safetensors", entries, {"values": json.dumps(dict(values))})
+
+    def state(self, rank: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `keep_state` kept last, if anything."""
+        path = self.folder / f"state-{rank}.safetensors"
+        if not path.is_file():
+            return None
+        stored, metadata = read_index(path)
+        return {name: ref.read() for name, ref in stored.items()}, json.loads(metadata["values"])
+
     def note(self, name: str) -> dict[str, Any] | None:
         """What `keep_note` kept under `name`, if anything."""
         path = self.folder / f"{name}.json"

@@ -41,6 +41,9 @@ R = TypeVar("R")
 Needs = Literal["calibration", "nothing", "forward"]
 
 _PROBE_ROWS = 256
+State = Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
+
+_STATE_SECONDS = 60.0  # at most so much of a long step is lost
 _SNAPSHOT_SHARE = 0.05  # of the time may go into saving hidden states for a resume
 
 
@@ -271,6 +274,7 @@ class Walk:
         self.site_records: list[SiteRecord] = []
         self.resumed_at = 0
         self.current: Block | None = None
+        self._state_kept = time.monotonic()
         self._snapshot_cost = 0.0  # seconds that saving the hidden states took last time
 
         first = next(p for block in self.blocks for p in block.parameters())
@@ -331,6 +335,21 @@ class Walk:
             self.journal.keep_note(name, made)
         distributed.barrier()
         return made
+
+    def keep_state(self, state: State, *, every: float = _STATE_SECONDS) -> None:
+        """Keep the state of a long step on disk, if the last time is `every` seconds ago and there is a journal.
+
+        `state` returns tensors and plain values; it is called only if they are written.
+        """
+        if self.journal is None or time.monotonic() - self._state_kept < every:
+            return
+        self.journal.keep_state(distributed.rank(), *state())
+        self._state_kept = time.monotonic()
+
+    def kept_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What a killed run kept of this step; None unless every process has it."""
+        state = self.journal.state(distributed.rank()) if self.journal else None
+        return state if distributed.agree_min(int(state is not None)) else None
 
     @contextmanager
     def original(self, block: Block) -> Iterator[None]:
@@ -483,7 +502,7 @@ class Walk:
                     self.current = None
                     block.seconds["solve"] = time.perf_counter() - started - (sum(block.seconds.values()) - inside)
                     if self.needs != "forward":
-                        distributed.from_main_([site.weight for site in block.sites])
+                        distributed.from_main_([p.data for p in block.module.parameters()])
                     error = self._propagate(block)
                     last_snapshot = self._finish(block, error, last_snapshot)
                     step(f"{self.names[index]}" + (f"  error {error:.3g}" if error is not None else ""))

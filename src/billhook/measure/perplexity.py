@@ -56,6 +56,7 @@ def perplexity(
             "a length of at least 2."
         )
     size = batch or max(1, _TOKENS_AT_ONCE // windows.shape[1])
+    size = min(size, max(1, windows.shape[0] // distributed.world()))  # every process gets a batch
     batches = list(torch.split(windows, size))
     total = torch.zeros((), dtype=torch.float64)
     if source_of(model).streams or device is not None:

@@ -1,4 +1,4 @@
-"""Method cards, generated from what each method declares."""
+"""Cards of methods, allocations and refiners, generated from what each declares."""
 
 from __future__ import annotations
 
@@ -7,18 +7,29 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from billhook.methods.base import Method
+from billhook.declared import Declared
+from billhook.methods.base import METHODS
+from billhook.sparsity.allocations import ALLOCATIONS
+from billhook.sparsity.refiners import REFINERS
 
 
-def describe(cls: type[Method]) -> dict[str, Any]:
-    """A method's card as plain data."""
+def declared() -> dict[str, type[Declared]]:
+    """Everything that has a card, by name: methods first."""
+    known: dict[str, type[Declared]] = {}
+    for registry in (METHODS, ALLOCATIONS, REFINERS):
+        known |= {name: cls for name, cls in registry.known().items() if name != "none"}
+    return known
+
+
+def describe(cls: type[Declared]) -> dict[str, Any]:
+    """A card as plain data."""
     paper = cls.paper
     return {
-        "method": cls.name,
+        cls.kind: cls.name,
         "title": cls.title,
         "summary": cls.summary,
         "when": cls.when,
-        "needs": cls.needs,
+        "needs": _needs(cls),
         "paper": paper.__dict__ if paper else None,
         "options": [
             {"name": name, "default": field.default, "range": _range(field), "description": field.description}
@@ -27,8 +38,8 @@ def describe(cls: type[Method]) -> dict[str, Any]:
     }
 
 
-def card(cls: type[Method]) -> str:
-    """A method's card as Markdown."""
+def card(cls: type[Declared]) -> str:
+    """A card as Markdown."""
     facts = describe(cls)
     lines = [f"# {cls.title} (`{cls.name}`)", "", cls.summary, "", f"**When to use it.** {cls.when}", ""]
     if cls.paper:
@@ -36,22 +47,44 @@ def card(cls: type[Method]) -> str:
         lines += [f"**Paper.** {cls.paper.authors}: *{cls.paper.title}*, {cls.paper.venue}{link}.", ""]
     needs = {
         "nothing": "no data.",
-        "calibration": "calibration data, one pass over it per block to collect and one to go on.",
+        "calibration": "calibration data.",
     }
-    lines += [f"**Needs.** {needs.get(cls.needs, cls.needs)}", ""]
+    lines += [f"**Needs.** {needs.get(_needs(cls), _needs(cls))}", ""]
+    if not facts["options"]:
+        lines += ["It has no options.", ""]
+        return "\n".join([*lines, *_examples(cls)])
     lines += ["| option | default | range | |", "|---|---|---|---|"]
     for option in facts["options"]:
         default = "–" if option["default"] is None else f"`{option['default']}`"
         lines.append(f"| `{option['name']}` | {default} | {option['range']} | {option['description']} |")
-    example = f"bh.prune(model, bh.{cls.__name__}({_example(cls)}), batches)"
-    shell = " --sparsity 0.5" if "sparsity" in cls.model_fields else ""
-    lines += ["", "```bash", f"billhook prune demo --method {cls.name}{shell} --out out/{cls.name}", "```"]
-    lines += ["```python", example, "```", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_examples(cls)])
 
 
-def _example(cls: type[Method]) -> str:
-    return "sparsity=0.5" if "sparsity" in cls.model_fields else ""
+def _needs(cls: type[Declared]) -> str:
+    return str(getattr(cls, "needs", "calibration"))
+
+
+def _examples(cls: type[Declared]) -> list[str]:
+    """How it is used, on the command line and in Python."""
+    if cls.kind == "method":
+        sparse = "sparsity" in cls.model_fields
+        shell = f"--method {cls.name}" + (" --sparsity 0.5" if sparse else "")
+        python = f"bh.{cls.__name__}({'sparsity=0.5' if sparse else ''})"
+        if not sparse:
+            shell, python = f"--method magnitude --recover {cls.name}", f"[bh.Magnitude(), {python}]"
+    else:
+        option = "refine" if cls.kind == "refiner" else cls.kind
+        shell = f"--method wanda --sparsity 0.6 --{option} {cls.name}"
+        python = f'bh.Wanda(sparsity=0.6, {option}="{cls.name}")'
+    return [
+        "```bash",
+        f"billhook prune demo {shell} --out out/{cls.name}",
+        "```",
+        "```python",
+        f"bh.prune(model, {python}, batches)",
+        "```",
+        "",
+    ]
 
 
 def _range(field: FieldInfo) -> str:

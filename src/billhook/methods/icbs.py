@@ -1,14 +1,21 @@
-"""iCBS: better masks for the same density, one small binary quadratic problem after another."""
+"""iCBS: better masks for the same density, one small binary quadratic problem after another.
+
+Memory beside the model: a second copy of the pruned matrices, 3 bytes per weight for masks, and in a step the
+activations of one batch from the first chosen matrix on, of which 4 · S · T · (in + out) bytes per chosen matrix are
+kept (S sequences of T tokens), and 8 n² bytes for the problem of a block of n weights.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -75,45 +82,49 @@ class ICBS(SparseMethod):
 
     def prune(self, walk: Walk) -> None:
         seconds, steps = _parse_budget(self.budget)
+        losses, batches = _losses_of(walk), _cut(walk, self.sequences, self.tokens)
+        held = batches.pop() if len(batches) > 1 else batches[0]
         with walk.editing() as model:
+
+            def loss() -> float:
+                with forward_precision(walk.precision, walk.device):
+                    return float(losses(model, held).mean())
+
             dense = {site.name: site.weight.clone() for site in walk.all_sites()}
-            free = self._start(walk)
-            losses = _losses_of(walk)
-            batches = _cut(walk, self.sequences, self.tokens)
-            held = batches.pop() if len(batches) > 1 else batches[0]
-            search = Search(self, walk.all_sites(), dense, free)
-            with forward_precision(walk.precision, walk.device):
-                value = float(losses(model, held).mean())
-            best = search.masks()
-            best_value, since, number = value, time.monotonic(), 0
+            search, kept = Search(self, walk.all_sites(), dense), walk.kept_state()
+            if kept is None:
+                search.begin(self._start(walk), loss())
+            else:
+                search.load(*kept)
+                walk.targets = self.targets(walk)
+            before, since = search.seconds, time.monotonic()
             with bar("icbs", steps or round(seconds or 0)) as advance:
                 try:
-                    for sites in search.schedule():
-                        used = time.monotonic() - since
-                        if (steps is not None and number >= steps) or (seconds is not None and used >= seconds):
+                    while steps is None or search.number < steps:
+                        search.seconds = before + time.monotonic() - since
+                        if seconds is not None and search.seconds >= seconds:
                             break
-                        names = [site.name for site in sites]
+                        sites = search.sites()
+                        if not sites:  # nothing is pruned, or everything
+                            break
                         with forward_precision(walk.precision, walk.device):
-                            batch = batches[number % len(batches)]
-                            gradients = sample_gradients(model, names, batch, losses)
-                        predicted = search.step(sites, gradients, number)
-                        number += 1
-                        if number % _EVERY == 0:
-                            with forward_precision(walk.precision, walk.device):
-                                value = float(losses(model, held).mean())
-                            if value < best_value:
-                                best, best_value = search.masks(), value
-                        advance(f"loss {value:.4f}  best {best_value:.4f}  predicted {predicted:+.2g}")
+                            batch = batches[search.number % len(batches)]
+                            gradients = sample_gradients(model, [site.name for site in sites], batch, losses)
+                        predicted = search.step(sites, gradients)
+                        if search.number % _EVERY == 0:
+                            search.judge(loss())
+                        walk.keep_state(search.state)
+                        advance(f"loss {search.value:.4f}  best {search.best_value:.4f}  predicted {predicted:+.2g}")
                 except KeyboardInterrupt:
-                    walk.notes.append(f"Interrupted after {number} steps: the best mask so far was kept.")
-            if number == 0:
+                    walk.notes.append(f"Interrupted after {search.number} steps: the best mask so far was kept.")
+            if search.number == 0:
                 walk.notes.append(
                     f"The budget {self.budget} was too small for one step: the starting mask is the result."
                 )
-            with forward_precision(walk.precision, walk.device):
-                current = float(losses(model, held).mean())
-            better = self.keep == "best" and best_value < current
-            search.restore(best if better else search.masks())
+            search.write(search.pruned())  # an interrupted step may have written half
+            search.judge(loss())
+            if self.keep == "best":
+                search.write(search.best)
 
     def _start(self, walk: Walk) -> dict[str, Tensor]:
         """Prune by the starting method; returns which weights take part: site name -> bool [out · in]."""
@@ -161,34 +172,51 @@ class _Layer:
 class Search:
     """Block coordinate descent over masks: choose a block, build its quadratic model, solve, write the mask back."""
 
-    def __init__(self, options: ICBS, sites: list[Site], dense: dict[str, Tensor], free: dict[str, Tensor]) -> None:
+    def __init__(self, options: ICBS, sites: list[Site], dense: dict[str, Tensor]) -> None:
         self.options = options
         self.nm: NM | None = options.nm
-        self.generator = torch.Generator().manual_seed(options.draw)
+        self.all_sites = sites
+        self.dense = dense
         self.layers: dict[str, _Layer] = {}
-        for site in sites:
-            pruned = (site.weight == 0).flatten()
-            if not 0 < int(pruned.sum()) < pruned.numel():
-                continue
-            self.layers[site.name] = _Layer(site, dense[site.name], pruned, free[site.name])
+        self.number = 0  # steps taken
+        self.seconds = 0.0  # of the budget used
+        self.value = self.best_value = math.inf  # loss on the held-out batch, at the last look and at its lowest
+        self.best: dict[str, Tensor] = {}
 
-    def schedule(self) -> Iterator[list[Site]]:
-        """Matrices in random order, several at a time, epoch after epoch; larger ones more often (by log size)."""
+    def begin(self, free: dict[str, Tensor], value: float) -> None:
+        """Start from the masks of the weights as they are; `free`: bool [out · in], which of them take part."""
+        for site in self.all_sites:
+            pruned = (site.weight == 0).flatten()
+            if 0 < int(pruned.sum()) < pruned.numel():
+                self.layers[site.name] = _Layer(site, self.dense[site.name], pruned, free[site.name])
+        self.best, self.best_value, self.value = self.pruned(), value, value
+
+    def judge(self, value: float) -> None:
+        """Take note of the held-out loss of the present masks."""
+        self.value = value
+        if value < self.best_value:
+            self.best, self.best_value = self.pruned(), value
+
+    def sites(self) -> list[Site]:
+        """The matrices of the next step: random order in every epoch, larger ones earlier (by log size)."""
         sites = [layer.site for layer in self.layers.values()]
         if not sites:
-            return
-        weights = torch.tensor([site.numel for site in sites], dtype=torch.float64).log10()
+            return []
         per_step = min(self.options.blocks_per_step, len(sites))
-        while True:
-            order = torch.multinomial(weights, len(sites), generator=self.generator).tolist()
-            for first in range(0, len(order), per_step):
-                yield [sites[i] for i in order[first : first + per_step]]
+        epoch, position = divmod(self.number, -(-len(sites) // per_step))
+        weights = torch.tensor([site.numel for site in sites], dtype=torch.float64).log10()
+        order = torch.multinomial(weights, len(sites), generator=self._generator(epoch)).tolist()
+        return [sites[i] for i in order[position * per_step : (position + 1) * per_step]]
 
-    def step(self, sites: list[Site], gradients: SampleGradients, number: int) -> float:
+    def _generator(self, *stream: int) -> torch.Generator:
+        """Draws that depend on the seed and on where the search is alone, so that a resumed one has the same."""
+        seed = hash((self.options.draw, *stream)) % 2**63
+        return torch.Generator().manual_seed(seed)
+
+    def step(self, sites: list[Site], gradients: SampleGradients) -> float:
         """Solve one block of each matrix and write the masks; returns the predicted change of the loss."""
-        total = 0.0
-        for site in sites:
-            total += self._solve(self.layers[site.name], gradients, number)
+        total = sum(self._solve(self.layers[site.name], gradients, self.number) for site in sites)
+        self.number += 1
         return total
 
     def _solve(self, layer: _Layer, gradients: SampleGradients, number: int) -> float:
@@ -217,7 +245,8 @@ class Search:
     def _block(self, layer: _Layer, score: Tensor) -> tuple[Tensor, Tensor | None]:
         """Indices of a block: the pruned weights that look most useful and the kept ones that look least so."""
         if self.options.selection == "random":
-            score = torch.rand(score.shape, generator=self.generator).to(score.device)
+            place = list(self.layers).index(layer.site.name)
+            score = torch.rand(score.shape, generator=self._generator(self.number, place)).to(score.device)
         if self.nm is not None:
             return self._groups(layer, score, self.nm.m)
         half = self.options.variables // 2
@@ -256,18 +285,58 @@ class Search:
         while layer.waiting and layer.count > capacity:
             layer.count -= len(layer.waiting.popleft())
 
-    def masks(self) -> dict[str, Tensor]:
+    def pruned(self) -> dict[str, Tensor]:
         """A copy of the present masks: site name -> bool [out · in], True where pruned."""
         return {name: layer.pruned.clone() for name, layer in self.layers.items()}
 
-    def restore(self, masks: dict[str, Tensor]) -> None:
-        """Go back to earlier masks."""
-        for name, pruned in masks.items():
+    def write(self, pruned: dict[str, Tensor]) -> None:
+        """Make these masks the present ones."""
+        for name, mask in pruned.items():
             layer = self.layers[name]
-            layer.pruned = pruned
+            layer.pruned = mask
             layer.site.weight.copy_(
-                torch.where(pruned.view(layer.site.shape), torch.zeros_like(layer.dense), layer.dense)
+                torch.where(mask.view(layer.site.shape), torch.zeros_like(layer.dense), layer.dense)
             )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that a resumed search needs, masks packed to bits."""
+        tensors: dict[str, Tensor] = {}
+        waiting: dict[str, list[int]] = {}
+        for name, layer in self.layers.items():
+            for part, mask in (("pruned", layer.pruned), ("free", layer.free), ("best", self.best[name])):
+                tensors[f"{name}:{part}"] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
+            if layer.waiting:
+                tensors[f"{name}:waiting"] = torch.cat(list(layer.waiting)).cpu()
+            waiting[name] = [len(index) for index in layer.waiting]
+        values = {
+            "number": self.number,
+            "seconds": self.seconds,
+            "value": self.value,
+            "best_value": self.best_value,
+            "waiting": waiting,
+        }
+        return tensors, values
+
+    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        for site in self.all_sites:
+            if site.name not in values["waiting"]:
+                continue
+            device = site.weight.device
+            masks = {
+                part: torch.from_numpy(np.unpackbits(tensors[f"{site.name}:{part}"].numpy(), count=site.numel))
+                for part in ("pruned", "free", "best")
+            }
+            pruned, free, best = (masks[part].bool().to(device) for part in ("pruned", "free", "best"))
+            layer = _Layer(site, self.dense[site.name], pruned, free)
+            lengths = values["waiting"][site.name]
+            if lengths:
+                parts = torch.split(tensors[f"{site.name}:waiting"].to(device), lengths)
+                layer.waiting, layer.count = deque(parts), sum(lengths)
+            self.layers[site.name], self.best[site.name] = layer, best
+        self.number, self.seconds = values["number"], values["seconds"]
+        self.value, self.best_value = values["value"], values["best_value"]
+        self.write(self.pruned())
 
 
 def _parse_budget(text: str) -> tuple[float | None, int | None]:

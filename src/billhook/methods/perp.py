@@ -18,7 +18,7 @@ from billhook.progress import bar
 from billhook.recover.adapters import Adapter, Kind, attach
 from billhook.recover.groups import Group, Named, counts, head_module, parameters_of
 from billhook.recover.reconstruct import reconstruct
-from billhook.recover.train import Loop
+from billhook.recover.train import Loop, packed, unpacked
 
 
 @register("perp")
@@ -158,8 +158,12 @@ class PERP(Method):
                         accumulate=self.accumulate,
                         autocast=walk.precision == "bf16",
                     )
+                    kept = walk.kept_state()
+                    if kept is not None:
+                        loop.load_state_dict(unpacked(*kept))
                     while loop.step < self.steps:
                         losses = loop.run(until=loop.step + 1)
+                        walk.keep_state(lambda: packed(loop.state_dict()))
                         step(f"loss {losses[-1]:.4f}")
             except BaseException:
                 for adapter in adapters:

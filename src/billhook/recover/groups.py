@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any, Literal, cast, get_args
+from typing import Literal, get_args
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.anatomy import families
+from billhook.anatomy.anatomy import families
 from billhook.errors import BillhookError, nearest
 from billhook.recover.adapters import LowRank
 
@@ -169,6 +169,6 @@ def _output_head(module: nn.Module) -> nn.Module | None:
     if anatomy is not None and anatomy.head is not None:
         with suppress(AttributeError):
             return module.get_submodule(anatomy.head)
-    getter = cast(Any, module).get_output_embeddings if hasattr(module, "get_output_embeddings") else None
-    head = getter() if getter is not None else None
+    getter = getattr(module, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
     return head if isinstance(head, nn.Module) else None

@@ -246,6 +246,30 @@ class Loop:
                 trainable.parameter.grad = trainable.master.grad = None
 
 
+def packed(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A `state_dict` of a loop as tensors and plain values, which a safetensors file can hold."""
+    tensors = {f"parameters/{name}": tensor for name, tensor in state["parameters"].items()}
+    for index, moments in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in moments.items()}
+    if state["generator"] is not None:
+        tensors["generator"] = state["generator"]
+    values = {key: state[key] for key in ("step", "steps", "losses", "scale")}
+    return tensors, {**values, "groups": state["optimizer"]["param_groups"]}
+
+
+def unpacked(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The `state_dict` that `packed` was given."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/")
+            moments.setdefault(int(index), {})[key] = tensor
+    parameters = {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith("parameters/")}
+    state = {key: values[key] for key in ("step", "steps", "losses", "scale")}
+    optimizer = {"state": moments, "param_groups": values["groups"]}
+    return {**state, "optimizer": optimizer, "parameters": parameters, "generator": tensors.get("generator")}
+
+
 def _trainable(name: str, parameter: nn.Parameter) -> _Trainable:
     if parameter.dtype not in (torch.bfloat16, torch.float16):
         return _Trainable(name, parameter, parameter)
