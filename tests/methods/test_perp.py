@@ -153,6 +153,17 @@ def test_a_group_that_the_model_lacks_is_named() -> None:
         run(groups="head")
 
 
+def test_a_tied_head_is_refused_and_a_free_one_trained(make_folder: Any, tmp_path: Path) -> None:
+    model, _ = bh.load(str(make_folder("llama")), stream=True)
+    with pytest.raises(bh.BillhookError, match="tied to its embedding"):
+        bh.prune(model, bh.PERP(**FEW, groups="head", objective="global"), batches_for("llama"), out=tmp_path / "out")
+    before = build("mistral")
+    bh.prune(before, bh.Magnitude(), batches_for("mistral", count=4))
+    trained, _ = run("mistral", groups="head", objective="global")
+    for (name, a), b in zip(before.state_dict().items(), trained.state_dict().values(), strict=True):
+        assert torch.equal(a, b) != (name == "lm_head.weight"), name
+
+
 def test_without_pruning_before_it_block_targets_are_unknown() -> None:
     with pytest.raises(bh.BillhookError, match="put this step after the pruning, in the same run"):
         bh.prune(build("llama"), bh.PERP(**FEW), batches_for("llama"))

@@ -57,7 +57,7 @@ class SparseMethod(Method):
     density: float | None = Field(None, gt=0, le=1, description="Fraction of the weights kept, instead of sparsity.")
     pattern: str = Field("unstructured", description="unstructured, or N:M: N of every M consecutive inputs are kept.")
     scope: Scope = Field("row", description="Weights compete within an output row (row) or a whole matrix (layer).")
-    allocation: str = Field("uniform", description="How sparsity is shared out over the matrices: see the list.")
+    allocation: str = Field("uniform", description="How sparsity is shared out: uniform, owl, ecoflap.")
     refine: str = Field("none", description="How the mask is improved before it is applied: none, dsnot.")
 
     @field_validator("allocation", "refine", mode="before")

@@ -98,5 +98,12 @@ def _range(field: FieldInfo) -> str:
                 limits.append(f"{sign} {getattr(rule, attribute)}")
     if limits:
         return ", ".join(limits)
-    kind = field.annotation
-    return "yes, no" if kind is bool else getattr(kind, "__name__", str(kind))
+    kinds = [part for part in (typing.get_args(field.annotation) or (field.annotation,)) if part is not type(None)]
+    return ", or ".join(_kind(part) for part in kinds)
+
+
+def _kind(part: Any) -> str:
+    if typing.get_origin(part) is typing.Literal:
+        return ", ".join(map(str, typing.get_args(part)))
+    words = {bool: "yes, no", int: "whole number", float: "number", str: "text"}
+    return words.get(part, getattr(part, "__name__", str(part)))

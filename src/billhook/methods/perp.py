@@ -89,12 +89,22 @@ class PERP(Method):
             return [*(group for group in few if has[group]), "adapters"]
         return [group for group in get_args(Group) if group in self.groups.split("+")]
 
+    def check(self, walk: Walk) -> None:
+        if "head" not in self.groups.split("+"):
+            return
+        if self.objective == "block":
+            raise BillhookError("Method perp: the head belongs to no block: leave it out, or use objective=global.")
+        # in files a tied head is stored once, so a streamed model does not show it
+        if getattr(getattr(walk.model, "config", None), "tie_word_embeddings", False):
+            raise BillhookError(
+                "Method perp: the output head of this model is tied to its embedding, which would change too: leave "
+                "the group head out."
+            )
+
     def prune(self, walk: Walk) -> None:
         if self.objective == "global":
             self._next_token(walk)
             return
-        if "head" in self.groups.split("+"):
-            raise BillhookError("Method perp: the head belongs to no block: leave it out, or use objective=global.")
         rates = {"norm": self.lr, "bias": self.lr, "adapters": self.adapter_lr}
         for block in walk:
             walk.targets |= {site.name: _sparsity(site) for site in block.sites}
