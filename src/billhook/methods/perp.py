@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -111,7 +113,7 @@ class PERP(Method):
             with walk.original(block):
                 targets = [walk.forward(block, batch) for batch in range(len(walk.inputs))]
             adapters = self._attach(block.sites, block.index) if "adapters" in self.chosen(block.module) else []
-            try:
+            with _merged(adapters):
                 reconstruct(
                     lambda batch, b=block: walk.call(b, batch),  # type: ignore[misc]
                     block.module,
@@ -122,12 +124,6 @@ class PERP(Method):
                     accumulate=self.accumulate,
                     autocast=walk.precision == "bf16",
                 )
-            except BaseException:
-                for adapter in adapters:
-                    adapter.remove()
-                raise
-            for adapter in adapters:
-                adapter.merge()
 
     def _attach(self, sites: list[Site], number: int) -> list[Adapter]:
         generator = torch.Generator().manual_seed(self.draw + number)
@@ -157,30 +153,23 @@ class PERP(Method):
                 batch = batches[index % len(batches)]
                 return task_loss(feed(model, walk.anatomy, batch, walk.device), batch).float()
 
-            try:
-                with bar("perp", self.steps) as step:
-                    loop = Loop(
-                        model,
-                        parameters_of(model, groups),
-                        rates,
-                        loss,
-                        self.steps,
-                        accumulate=self.accumulate,
-                        autocast=walk.precision == "bf16",
-                    )
-                    kept = walk.kept_state()
-                    if kept is not None:
-                        loop.load_state_dict(unpacked(*kept))
-                    while loop.step < self.steps:
-                        losses = loop.run(until=loop.step + 1)
-                        walk.keep_state(lambda: packed(loop.state_dict()))
-                        step(f"loss {losses[-1]:.4f}")
-            except BaseException:
-                for adapter in adapters:
-                    adapter.remove()
-                raise
-            for adapter in adapters:
-                adapter.merge()
+            with _merged(adapters), bar("perp", self.steps) as step:
+                loop = Loop(
+                    model,
+                    parameters_of(model, groups),
+                    rates,
+                    loss,
+                    self.steps,
+                    accumulate=self.accumulate,
+                    autocast=walk.precision == "bf16",
+                )
+                kept = walk.kept_state()
+                if kept is not None:
+                    loop.load_state_dict(unpacked(*kept))
+                while loop.step < self.steps:
+                    losses = loop.run(until=loop.step + 1)
+                    walk.keep_state(lambda: packed(loop.state_dict()))
+                    step(f"loss {losses[-1]:.4f}")
 
     def _outside(self, walk: Walk, model: nn.Module) -> list[str]:
         """Parameters outside the blocks that the chosen groups train."""
@@ -192,6 +181,19 @@ class PERP(Method):
             head = head_module(model)
             names += [f"{name}.weight" for name, module in model.named_modules() if module is head]
         return names
+
+
+@contextmanager
+def _merged(adapters: list[Adapter]) -> Iterator[None]:
+    """Adapters are merged at the end; after an error they are dropped, and the weights are what they were."""
+    try:
+        yield
+    except BaseException:
+        for adapter in adapters:
+            adapter.remove()
+        raise
+    for adapter in adapters:
+        adapter.merge()
 
 
 def _sparsity(site: Site) -> float:
