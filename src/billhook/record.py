@@ -53,6 +53,7 @@ class StepRecord(_Record):
 
     method: str
     options: dict[str, Any]
+    precision: str = "highest"  # of the matrix products of its calibration passes
     blocks: list[BlockRecord] = Field(default_factory=list)
     sites: list[SiteRecord] = Field(default_factory=list)
     seconds: float = 0.0  # wall time of the step; of the last process only when the run was resumed
@@ -107,7 +108,7 @@ class Report(_Record):
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
-    precision: str = "highest"
+    precision: str = "highest"  # of the steps' calibration passes; "/" between different ones
     processes: int = 1
     storage: str = "dense"
     fingerprint: str | None = None  # of recipe, model and data: the same command has the same one

@@ -185,7 +185,7 @@ def run_steps(
             batches,
             anatomy=options.anatomy,
             device=options.device,
-            precision=options.precision,
+            precision=_precision(method, options),
             needs=method.requires,
             journal=journal,
             max_memory=options.max_memory,
@@ -200,6 +200,7 @@ def run_steps(
             StepRecord(
                 method=method.name,
                 options=method.options(),
+                precision=walk.precision,
                 blocks=walk.block_records,
                 sites=walk.site_records,
                 seconds=time.perf_counter() - started,
@@ -207,6 +208,11 @@ def run_steps(
             )
         )
     return records, resumed
+
+
+def _precision(method: Method, options: Options) -> Precision:
+    """What the user asked for; where that is "auto", float32 for a method that rounding could hurt."""
+    return "highest" if options.precision == "auto" and method.exact_passes else options.precision
 
 
 def _originals(model: nn.Module, steps: Sequence[Method], options: Options) -> Callable[[str], Tensor] | None:
@@ -366,7 +372,7 @@ def _blank(model: nn.Module, steps: Sequence[Method], options: Options, name: st
         recipe=[{"method": method.name, **method.options()} for method in steps],
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        precision=resolve(options.precision, device, dtype),
+        precision="/".join(dict.fromkeys(resolve(_precision(method, options), device, dtype) for method in steps)),
         processes=distributed.world(),
         versions=versions(),
         machine=machine(),

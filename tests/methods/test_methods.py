@@ -192,3 +192,20 @@ def test_collecting_outside_the_loop_is_refused() -> None:
     blocks = list(bh.walk(build("llama"), batches_for("llama")))
     with pytest.raises(bh.BillhookError, match="not at block 0 any more"):
         blocks[0].collect(Gram)
+
+
+def test_auto_precision_rounds_nothing_where_a_choice_is_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    """N:M leaves near-ties that rounding turns: float32 there, but not where an update repairs the choice."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+
+    def used(method: bh.Method, precision: str = "auto") -> str:
+        return bh.prune(build("llama"), method, batches_for("llama"), precision=precision).steps[0].precision
+
+    assert used(bh.Wanda(pattern="2:4")) == "highest"
+    assert used(bh.Wanda(pattern="2:4"), "bf16") == "bf16"
+    assert used(bh.Wanda(sparsity=0.5)) == "bf16"
+    assert used(bh.SparseGPT(pattern="2:4")) == "bf16"
+    assert (
+        bh.prune(build("llama"), [bh.Wanda(), bh.Wanda(pattern="2:4")], batches_for("llama")).precision
+        == "bf16/highest"
+    )

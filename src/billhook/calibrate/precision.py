@@ -16,10 +16,10 @@ Precision = Literal["auto", "highest", "bf16"]
 
 
 def resolve(precision: Precision, device: torch.device, dtype: torch.dtype) -> Literal["highest", "bf16"]:
-    """What "auto" means here: bf16 for float32 models on CPUs with AMX tiles, else the model's own dtype."""
+    """What "auto" means here: bf16 for float32 models on CPUs that have it in hardware, else the model's own dtype."""
     if precision == "auto":
-        amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-        return "bf16" if amx and dtype == torch.float32 else "highest"
+        fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        return "bf16" if fast and dtype == torch.float32 else "highest"
     return precision
 
 

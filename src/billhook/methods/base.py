@@ -36,6 +36,11 @@ class Method(Declared):
         return self.needs
 
     @property
+    def exact_passes(self) -> bool:
+        """Whether rounded calibration passes could cost quality, so that "auto" precision must not round them."""
+        return False
+
+    @property
     def wants_original(self) -> bool:
         """Whether this step, where it is not the first, looks at the weights from before the run."""
         return False
@@ -116,6 +121,11 @@ class SparseMethod(Method):
     def requires(self) -> Needs:
         extra = {self.allocator.needs, "nothing" if self.refiner is None else "calibration"}
         return "calibration" if "calibration" in extra else self.needs
+
+    @property
+    def exact_passes(self) -> bool:
+        # N of every M leaves many near-ties, and nothing repairs a choice that rounding turned.
+        return self.nm is not None
 
     def check(self, walk: Walk) -> None:
         nm = self.nm

@@ -80,6 +80,10 @@ class ICBS(SparseMethod):
         _parse_budget(text)
         return text
 
+    @property
+    def exact_passes(self) -> bool:
+        return False  # exchanges are judged by the loss
+
     def prune(self, walk: Walk) -> None:
         seconds, steps = _parse_budget(self.budget)
         losses, batches = _losses_of(walk), _cut(walk, self.sequences, self.tokens)
