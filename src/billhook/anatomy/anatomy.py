@@ -7,12 +7,15 @@ decide anything. All paths are module paths: those of `Anatomy` from the root of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 
 from billhook.errors import BillhookError, nearest
+
+# Where a block's norms are: before attention and MLP in turn; before both at once; before and after each; after each.
+Layout = Literal["sequential", "parallel", "sandwich", "post"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,13 @@ class Attention:
     fused: str | None = None
     fused_layout: Literal["qkv", "per-head"] = "qkv"
     rotary: bool = True
+    query_norm: str | None = None  # attributes of the attention module, where queries and keys are normalised
+    key_norm: str | None = None
+
+    @property
+    def module(self) -> str:
+        """The path of the attention module itself."""
+        return self.inputs[0].rpartition(".")[0]
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -45,6 +55,8 @@ class MLP:
     inputs: tuple[str, ...]
     output: str
     gated: bool = False
+    activation: str = "mlp.act_fn"
+    width: str = "intermediate_size"  # the configuration's name of the inner width
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,9 @@ class Anatomy:
     norm: Literal["rms", "layer"] = "rms"
     bias: bool = False
     conv1d: bool = False  # weights stored as [in, out] (GPT-2)
+    layout: Layout = "sequential"
+    layout_switch: tuple[str, Layout] | None = None  # a configuration value that, if false, makes the layout another
+    dropout: str | None = None  # path in a block of what drops out before the residual adds: a module or a number
     input: str | None = "input_ids"  # the forward argument that a tensor batch goes to; None: positional
 
     @property
@@ -116,8 +131,35 @@ def anatomy_of(model: nn.Module, anatomy: Anatomy | None = None) -> Anatomy:
                 f'model_types=("{model_type}",), blocks="path.to.the.block.list")).'
             )
         anatomy = known[model_type]
+        if hasattr(model.config, "slim"):
+            anatomy = _slim(anatomy)
     _check(model, anatomy)
     return anatomy
+
+
+def _slim(anatomy: Anatomy) -> Anatomy:
+    """The anatomy of a family's models with reshaped blocks, which all have Llama's names."""
+    attention, mlp = anatomy.attention, anatomy.mlp
+    assert attention is not None
+    assert mlp is not None
+    return replace(
+        anatomy,
+        attention=Attention(
+            query="self_attn.q_proj",
+            key="self_attn.k_proj",
+            value="self_attn.v_proj",
+            output="self_attn.o_proj",
+            rotary=attention.rotary,
+        ),
+        mlp=MLP(
+            inputs=("mlp.gate_proj", "mlp.up_proj") if mlp.gated else ("mlp.up_proj",),
+            output="mlp.down_proj",
+            gated=mlp.gated,
+            width=mlp.width,
+        ),
+        norms=(),
+        conv1d=False,
+    )
 
 
 def _check(model: nn.Module, anatomy: Anatomy) -> None:
@@ -135,7 +177,8 @@ def _check(model: nn.Module, anatomy: Anatomy) -> None:
         inside += [anatomy.attention.output] if anatomy.attention else []
         inside += [*anatomy.mlp.inputs, anatomy.mlp.output] if anatomy.mlp else []
         first = join(anatomy.blocks, next(name for name, _ in blocks.named_children()))
-        parts = {"projection": [join(first, path) for path in inside]}
+        some = not hasattr(getattr(model, "config", None), "slim")  # whose blocks may lack attention or MLP
+        parts = {"projection": [join(first, path) for path in inside if some]}
     parts["embeddings"] = list(anatomy.embeddings)
     for part, paths in parts.items():
         for path in paths:

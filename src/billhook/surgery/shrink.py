@@ -1,0 +1,218 @@
+"""Removing parts of slim blocks: what is left is smaller, and computes what the block with those parts at zero did.
+
+Every function takes the indices that stay (sorted, at least one) and edits in place. A part is a coupled group: its
+slices in several tensors leave together.
+
+    neuron j           row j of gate and up and of their biases, column j of down
+    query head h       rows of query, columns of output
+    key/value head t   rows of key and value, and all query heads that read it
+    value channel j    one row of value per key/value head, one column of output per query head that reads it
+    rotary pair p      two rows of query and of key per head, which rotate together
+    channel c          (no rotary embedding) one row of query and of key per head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.anatomy import anatomy_of, find_blocks
+from billhook.errors import BillhookError
+from billhook.surgery.modeling_slim import SlimAttention, SlimBlock
+from billhook.surgery.slim import refresh
+
+
+def keep_neurons_(block: nn.Module, keep: Tensor) -> None:
+    """Keep these intermediate neurons, [k] integer indices."""
+    mlp = _slim(block).mlp
+    keep = _checked(keep, mlp.down_proj.in_features, "neurons")
+    for name in ("gate_proj", "up_proj"):
+        if hasattr(mlp, name):
+            _rows(getattr(mlp, name), keep)
+    _columns(mlp.down_proj, keep)
+
+
+def keep_heads_(block: nn.Module, keep: Tensor) -> None:
+    """Keep these query heads, [k]; key/value heads that none of them reads leave too."""
+    attention = _attention(block)
+    keep = _checked(keep, attention.heads, "query heads")
+    owner = torch.tensor(owners(attention))[keep.cpu()]
+    groups, kv_of_head = torch.unique(owner, return_inverse=True)
+    _rows(attention.q_proj, _spread(keep, attention.qk))
+    _columns(attention.o_proj, _spread(keep, attention.v))
+    if len(groups) < attention.kv_heads:
+        _rows(attention.k_proj, _spread(groups, attention.qk))
+        _rows(attention.v_proj, _spread(groups, attention.v))
+        if attention.pairs is not None:
+            attention.pairs = [attention.pairs[t] for t in groups.tolist()]
+    _counts(attention, len(keep), len(groups), kv_of_head.tolist())
+
+
+def keep_kv_heads_(block: nn.Module, keep: Tensor) -> None:
+    """Keep these key/value heads, [k], with all query heads that read them (a KV group)."""
+    attention = _attention(block)
+    keep = _checked(keep, attention.kv_heads, "key/value heads")
+    kept = set(keep.tolist())
+    keep_heads_(block, torch.tensor([h for h, t in enumerate(owners(attention)) if t in kept]))
+
+
+def keep_values_(block: nn.Module, keep: Tensor) -> None:
+    """Keep these value channels, [key/value heads, k]: for each head the channels within it."""
+    attention = _attention(block)
+    rows, columns = value_slices(attention, keep)
+    _rows(attention.v_proj, rows)
+    _columns(attention.o_proj, columns)
+    attention.v = keep.shape[1]
+
+
+def keep_pairs_(block: nn.Module, keep: Tensor) -> None:
+    """Keep these rotary pairs, [key/value heads, k]; channels that do not rotate stay.
+
+    Raises:
+        BillhookError: queries and keys are normalised over the head's width, which would change.
+    """
+    attention = _attention(block)
+    half = rotary_pairs(attention)
+    _refuse_norms(attention)
+    keep = _each_checked(keep, half, "rotary pairs").cpu()
+    tail = torch.arange(2 * half, attention.qk).expand(attention.kv_heads, -1)
+    _query_key(attention, torch.cat([keep, keep + half, tail], dim=1))
+    before = torch.tensor(attention.pairs) if attention.pairs else torch.arange(half).expand(attention.kv_heads, -1)
+    attention.pairs = before.gather(1, keep).tolist()
+    attention._indices.clear()
+
+
+def keep_channels_(block: nn.Module, keep: Tensor) -> None:
+    """Keep these query/key channels, [key/value heads, k], of a block without rotary embedding."""
+    attention = _attention(block)
+    _refuse_norms(attention)
+    _query_key(attention, _each_checked(keep, attention.qk, "query/key channels").cpu())
+
+
+def drop_attention_(block: nn.Module) -> None:
+    """Remove the attention of a block; the residual stream passes."""
+    _slim(block).self_attn = None
+
+
+def drop_mlp_(block: nn.Module) -> None:
+    """Remove the MLP of a block; the residual stream passes."""
+    _slim(block).mlp = None
+
+
+def keep_blocks_(model: Any, keep: Sequence[int]) -> None:
+    """Keep these blocks of a slim model, in order.
+
+    Raises:
+        BillhookError: none is kept, or there is no such block.
+    """
+    anatomy = anatomy_of(model)
+    blocks = find_blocks(model, anatomy)
+    kept = _checked(torch.tensor(sorted(keep), dtype=torch.long), len(blocks), "blocks").tolist()
+    container = model.get_submodule(anatomy.blocks)
+    for index in sorted(set(range(len(blocks))) - set(kept), reverse=True):
+        del container[index]
+    for index, block in enumerate(container):
+        block.layer_idx = index
+        if block.self_attn is not None:
+            block.self_attn.layer_idx = index
+    model.config.slim["kept_layers"] = kept
+    refresh(model)
+    model.config.slim["kept_layers"] = list(range(len(kept)))
+
+
+# -- what is where ----------------------------------------------------------------------------------------
+
+
+def owners(attention: Any) -> list[int]:
+    """The key/value head of each query head."""
+    if attention.kv_of_head:
+        return list(attention.kv_of_head)
+    return [h // (attention.heads // attention.kv_heads) for h in range(attention.heads)]
+
+
+def value_slices(attention: Any, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the value projection and columns of the output projection of the channels [key/value heads, k]."""
+    keep = _each_checked(keep, attention.v, "value channels").cpu()
+    rows = (torch.arange(attention.kv_heads)[:, None] * attention.v + keep).flatten()
+    owner = torch.tensor(owners(attention))
+    columns = (torch.arange(attention.heads)[:, None] * attention.v + keep[owner]).flatten()
+    return rows, columns
+
+
+def rotary_pairs(attention: Any) -> int:
+    """How many rotary pairs each head has."""
+    if attention.pairs is not None:
+        return len(attention.pairs[0])
+    return int(attention.rotary_dim) // 2
+
+
+def _query_key(attention: Any, keep: Tensor) -> None:
+    keys = (torch.arange(attention.kv_heads)[:, None] * attention.qk + keep).flatten()
+    owner = torch.tensor(owners(attention))
+    queries = (torch.arange(attention.heads)[:, None] * attention.qk + keep[owner]).flatten()
+    _rows(attention.q_proj, queries)
+    _rows(attention.k_proj, keys)
+    attention.qk = keep.shape[1]
+
+
+def _counts(attention: Any, heads: int, kv_heads: int, kv_of_head: list[int]) -> None:
+    attention.heads, attention.kv_heads = heads, kv_heads
+    even = heads % kv_heads == 0 and kv_of_head == [h // (heads // kv_heads) for h in range(heads)]
+    attention.kv_of_head = None if even else kv_of_head
+    attention.num_key_value_groups = heads // kv_heads if even else 1
+    attention._indices.clear()
+
+
+def _spread(index: Tensor, width: int) -> Tensor:
+    """Indices of all channels of these heads."""
+    return (index[:, None] * width + torch.arange(width, device=index.device)).flatten()
+
+
+def _rows(linear: nn.Linear, keep: Tensor) -> None:
+    keep = keep.to(linear.weight.device)
+    linear.weight = nn.Parameter(linear.weight.data[keep], requires_grad=linear.weight.requires_grad)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.data[keep], requires_grad=linear.bias.requires_grad)
+    linear.out_features = len(keep)
+
+
+def _columns(linear: nn.Linear, keep: Tensor) -> None:
+    keep = keep.to(linear.weight.device)
+    linear.weight = nn.Parameter(linear.weight.data[:, keep], requires_grad=linear.weight.requires_grad)
+    linear.in_features = len(keep)
+
+
+def _slim(block: nn.Module) -> Any:
+    if not isinstance(block, SlimBlock):
+        raise BillhookError(f"{type(block).__name__} is a stock block: make the model slim first, with slim_(model).")
+    return block
+
+
+def _attention(block: nn.Module) -> Any:
+    attention = _slim(block).self_attn
+    if not isinstance(attention, SlimAttention):
+        raise BillhookError("The attention of this block was removed already.")
+    return attention
+
+
+def _refuse_norms(attention: Any) -> None:
+    if hasattr(attention, "q_norm"):
+        raise BillhookError(
+            "Queries and keys of this model are normalised over the head's width, so their channels cannot be removed: "
+            "leave query and key whole."
+        )
+
+
+def _checked(keep: Tensor, size: int, what: str) -> Tensor:
+    if keep.numel() == 0:
+        raise BillhookError(f"Nothing would be left of the {size} {what}: keep at least one.")
+    if keep.min() < 0 or keep.max() >= size or len(set(keep.tolist())) != keep.numel():
+        raise BillhookError(f"Indices of {what} must be distinct and within 0 to {size - 1}.")
+    return keep.sort().values
+
+
+def _each_checked(keep: Tensor, size: int, what: str) -> Tensor:
+    return torch.stack([_checked(row, size, what) for row in keep])

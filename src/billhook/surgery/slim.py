@@ -1,0 +1,402 @@
+"""From a stock model to one whose blocks may have any widths, and back where a stock class can express it.
+
+`slim_(model)` puts a `SlimBlock` in the place of every block, with the same weights under the names that Llama gives
+them, and the same outputs. Structured methods and surgery then know one kind of block, whatever the family.
+`settle_(model)` ends it: a stock model again if widths allow, else a model that carries its own modelling file.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from billhook.anatomy import Anatomy, anatomy_of, families, find_blocks
+from billhook.errors import BillhookError
+from billhook.surgery import modeling_slim
+from billhook.surgery.modeling_slim import NORMS, Slim, SlimBlock, SlimNorm
+
+FILE = "modeling_slim.py"
+
+
+def is_slim(model: nn.Module) -> bool:
+    """Whether the blocks of `model` are slim ones."""
+    return isinstance(model, Slim)
+
+
+def slim_(model: Any) -> None:
+    """Replace the blocks of a Transformers model in memory by slim ones with the same weights and outputs, in place.
+
+    Raises:
+        BillhookError: the model's family declares no attention and MLP, or its weights are still on disk.
+    """
+    if is_slim(model):
+        return
+    anatomy = anatomy_of(model)
+    if anatomy.attention is None or anatomy.mlp is None:
+        raise BillhookError(
+            f"The anatomy of family {anatomy.family!r} names no attention and MLP, so nothing can be removed from its "
+            "blocks as a whole: declare both with bh.declare(bh.Anatomy(...))."
+        )
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise BillhookError(f"{type(model).__name__} is not a Transformers model, so its blocks cannot be reshaped.")
+    model.config.slim = spec = _spec(model, anatomy)
+    container: Any = model.get_submodule(anatomy.blocks)
+    for index, block in enumerate(find_blocks(model, anatomy)):
+        weights = _split(block, anatomy, model.config)
+        with torch.device("meta"):
+            slim = SlimBlock(block, spec, spec["layers"][index])
+        _fill(slim, weights)
+        container[index] = slim.train(block.training)
+    model.__class__ = slim_class(type(model))
+    modeling_slim.record_outputs(model)
+    refresh(model)
+
+
+def refresh(model: Any) -> None:
+    """Write the present widths of all parts into `model.config`."""
+    slim = model.config.slim
+    anatomy = anatomy_of(model)
+    slim["layers"] = [dims_of(block) for block in find_blocks(model, anatomy)]
+    model.config.num_hidden_layers = len(slim["layers"])
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds is not None and len(kinds) != len(slim["layers"]):
+        model.config.layer_types = [kinds[i] for i in slim["kept_layers"]]
+    name = type(model).__name__
+    auto = "AutoModelForCausalLM" if anatomy.input == "input_ids" else "AutoModelForImageClassification"
+    model.config.auto_map = {auto: f"modeling_slim.{name}"}
+
+
+def dims_of(block: nn.Module) -> dict[str, Any]:
+    """What a slim block holds, as its entry in the configuration."""
+    assert isinstance(block, SlimBlock)
+    attention: Any = block.self_attn
+    mlp: Any = block.mlp
+    entry: dict[str, Any] = {"attention": None, "mlp": None}
+    if attention is not None:
+        entry["attention"] = {
+            "heads": attention.heads,
+            "kv_heads": attention.kv_heads,
+            "qk": attention.qk,
+            "v": attention.v,
+            "bias": [getattr(attention, f"{name}_proj").bias is not None for name in ("q", "k", "v", "o")],
+            "kv_of_head": attention.kv_of_head,
+            "pairs": attention.pairs,
+            "norms": hasattr(attention, "q_norm"),
+        }
+    if mlp is not None:
+        entry["mlp"] = {
+            "width": mlp.down_proj.in_features,
+            "bias": [mlp.up_proj.bias is not None, mlp.down_proj.bias is not None],
+        }
+    entry["stream"] = list(block.stream)
+    entry["adapters"] = [block.attention_adapter is not None, block.mlp_adapter is not None]
+    entry["fused"] = any(isinstance(m, SlimNorm) for m in block.children())
+    return entry
+
+
+def resize_(block: nn.Module, slim: dict[str, Any], dims: dict[str, Any]) -> None:
+    """Give a slim block the shapes of `dims`; its weights are then on the meta device, to be loaded."""
+    assert isinstance(block, SlimBlock)
+    if dims_of(block) == dims:
+        return
+    device = next((p.device for p in block.parameters()), torch.device("cpu"))
+    own = {**slim, "attention": "self_attn", "activation": "mlp.act_fn", "norms": _norm_names(block)}
+    own |= {"query_norm": "q_norm", "key_norm": "k_norm"}
+    with torch.device("meta"):
+        new = SlimBlock(block, own, dims)
+    block._modules.clear()
+    block._modules.update(new.to_empty(device=device)._modules)
+    block.stream = new.stream
+
+
+def settle_(model: Any) -> None:
+    """Make a slim model a stock one again, in place, if its widths are such as a stock class can express."""
+    if not is_slim(model):
+        return
+    refresh(model)
+    stock = _stock_config(model)
+    if stock is None:
+        return
+    base = stock_class(type(model))
+    anatomy = _stock_anatomy(model.config)
+    with torch.device("meta"):
+        shape = base(stock)
+    container: Any = model.get_submodule(anatomy.blocks)
+    wanted = find_blocks(shape, anatomy)
+    for index, (block, new) in enumerate(zip(find_blocks(model, anatomy), wanted, strict=True)):
+        tensors = _join(block, new, anatomy)
+        _fill(new, tensors)
+        for name, module in _pieces(block, anatomy):  # activations and norms carry their own state
+            modeling_slim.replace(new, name, module)
+        container[index] = new.train(block.training)
+    model.__class__ = base
+    model.config = stock
+    for module in model.modules():
+        if hasattr(module, "config") and isinstance(module.config, transformers.PretrainedConfig):
+            module.config = stock
+        module.__dict__.pop("_can_record_outputs", None)
+    modeling_slim.record_outputs(model, stock=True)
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def slim_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The slim class of a stock class; the same one every time."""
+    if stock not in _CLASSES:
+        _CLASSES[stock] = type(f"Slim{stock.__name__}", (Slim, stock), {"__module__": modeling_slim.__name__})
+    return _CLASSES[stock]
+
+
+def stock_class(slim: type[nn.Module]) -> type[nn.Module]:
+    """The stock class that a slim class is of."""
+    return slim.__mro__[2]
+
+
+def class_named(name: str) -> type[nn.Module] | None:
+    """The slim class of a name such as SlimLlamaForCausalLM, without running any file; None if it is no such name."""
+    base = getattr(transformers, name.removeprefix("Slim"), None) if name.startswith("Slim") else None
+    return slim_class(base) if isinstance(base, type) else None
+
+
+def modelling_file(model: nn.Module) -> str:
+    """The text of the modelling file that goes beside the weights of a slim model."""
+    base, name = stock_class(type(model)).__name__, type(model).__name__
+    body = Path(modeling_slim.__file__).read_text(encoding="utf-8")
+    return f"{body}\n\nfrom transformers import {base}  # noqa: E402\n\n\nclass {name}(Slim, {base}):\n    pass\n"
+
+
+# -- what a stock block is made of ------------------------------------------------------------------------
+
+
+def _spec(model: Any, anatomy: Anatomy) -> dict[str, Any]:
+    attention, mlp = anatomy.attention, anatomy.mlp
+    assert attention is not None
+    assert mlp is not None
+    config = model.config
+    layout = anatomy.layout
+    if anatomy.layout_switch and not getattr(config, anatomy.layout_switch[0], True):
+        layout = anatomy.layout_switch[1]
+    blocks = find_blocks(model, anatomy)
+    head = model.get_submodule(anatomy.head) if anatomy.head else None
+    drop: Any = 0.0
+    if anatomy.dropout:
+        owner, _, leaf = anatomy.dropout.rpartition(".")
+        drop = getattr(blocks[0].get_submodule(owner), leaf)
+    spec: dict[str, Any] = {
+        "family": anatomy.family,
+        "blocks": anatomy.blocks,
+        "layout": layout,
+        "attention": attention.module,
+        "activation": mlp.activation,
+        "norms": list(anatomy.norms),
+        "query_norm": attention.query_norm,
+        "key_norm": attention.key_norm,
+        "gated": mlp.gated,
+        "dropout": float(getattr(drop, "p", drop)),
+        "embeddings": list(anatomy.embeddings),
+        "final_norm": anatomy.final_norm,
+        "head": anatomy.head,
+        "head_bias": getattr(head, "bias", None) is not None,
+        "fused_final": False,
+        "kept_layers": list(range(len(blocks))),
+    }
+    layers: list[dict[str, Any]] = []
+    for block in blocks:
+        weights = _split(block, anatomy, config)
+        heads, kv_heads = _head_counts(config)
+        hidden = weights["self_attn.q_proj.weight"].shape[1]
+        module = block.get_submodule(attention.module)
+        layers.append(
+            {
+                "attention": {
+                    "heads": heads,
+                    "kv_heads": kv_heads,
+                    "qk": weights["self_attn.q_proj.weight"].shape[0] // heads,
+                    "v": weights["self_attn.v_proj.weight"].shape[0] // kv_heads,
+                    "bias": [f"self_attn.{p}_proj.bias" in weights for p in ("q", "k", "v", "o")],
+                    "kv_of_head": None,
+                    "pairs": None,
+                    "norms": bool(attention.query_norm) and hasattr(module, str(attention.query_norm)),
+                },
+                "mlp": {
+                    "width": weights["mlp.down_proj.weight"].shape[1],
+                    "bias": ["mlp.up_proj.bias" in weights, "mlp.down_proj.bias" in weights],
+                },
+                "stream": [hidden] * 3,
+                "adapters": [False, False],
+                "fused": False,
+            }
+        )
+    spec["hidden"] = layers[0]["stream"][0]
+    rope = getattr(config, "rope_parameters", None) or {}
+    turned = rope.get("partial_rotary_factor", 1.0) if attention.rotary else 0.0
+    spec["rotary_dim"] = int(layers[0]["attention"]["qk"] * turned)
+    spec["layers"] = layers
+    return spec
+
+
+def _head_counts(config: Any) -> tuple[int, int]:
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def _rows(module: Any) -> dict[str, Tensor]:
+    """Weight [out, in] and bias of a linear layer of either layout."""
+    weight = module.weight.data
+    found = {"weight": weight.T.contiguous() if isinstance(module, Conv1D) else weight}
+    if module.bias is not None:
+        found["bias"] = module.bias.data
+    return found
+
+
+def _split(block: nn.Module, anatomy: Anatomy, config: Any) -> dict[str, Tensor]:
+    """All parameters of a stock block under the names of a slim one, fused projections taken apart."""
+    attention, mlp = anatomy.attention, anatomy.mlp
+    assert attention is not None
+    assert mlp is not None
+    heads, kv_heads = _head_counts(config)
+    found: dict[str, Tensor] = {}
+
+    def put(name: str, tensors: dict[str, Tensor]) -> None:
+        found.update({f"{name}.{kind}": tensor for kind, tensor in tensors.items()})
+
+    if attention.fused:
+        for kind, tensor in _rows(block.get_submodule(attention.fused)).items():
+            if attention.fused_layout == "per-head":
+                parts = tensor.view(heads, 3, -1, *tensor.shape[1:]).unbind(1)
+                query, key, value = (p.reshape(-1, *tensor.shape[1:]) for p in parts)
+            else:
+                size = tensor.shape[0] // (heads + 2 * kv_heads)
+                query, key, value = torch.split(tensor, [heads * size, kv_heads * size, kv_heads * size])
+            for name, part in (("q", query), ("k", key), ("v", value)):
+                found[f"self_attn.{name}_proj.{kind}"] = part.contiguous()
+    else:
+        for name, path in (("q", attention.query), ("k", attention.key), ("v", attention.value)):
+            put(f"self_attn.{name}_proj", _rows(block.get_submodule(str(path))))
+    put("self_attn.o_proj", _rows(block.get_submodule(attention.output)))
+    inputs = [_rows(block.get_submodule(path)) for path in mlp.inputs]
+    if mlp.gated and len(inputs) == 1:
+        halves = {kind: tensor.chunk(2) for kind, tensor in inputs[0].items()}
+        inputs = [{kind: pair[i].contiguous() for kind, pair in halves.items()} for i in range(2)]
+    for name, tensors in zip(("gate", "up") if mlp.gated else ("up",), inputs, strict=True):
+        put(f"mlp.{name}_proj", tensors)
+    put("mlp.down_proj", _rows(block.get_submodule(mlp.output)))
+    return found
+
+
+def _join(block: Any, new: nn.Module, anatomy: Anatomy) -> dict[str, Tensor]:
+    """The parameters of a slim block under the names and in the layout of the stock block `new`."""
+    attention, mlp = anatomy.attention, anatomy.mlp
+    assert attention is not None
+    assert mlp is not None
+    found: dict[str, Tensor] = {}
+
+    def put(path: str, tensors: dict[str, Tensor]) -> None:
+        conv = isinstance(new.get_submodule(path), Conv1D)
+        for kind, tensor in tensors.items():
+            found[f"{path}.{kind}"] = tensor.T.contiguous() if conv and kind == "weight" else tensor.contiguous()
+
+    own = block.self_attn
+    parts = [_rows(getattr(own, f"{name}_proj")) for name in ("q", "k", "v")]
+    if attention.fused:
+        joined = {}
+        for kind in parts[0]:
+            tensors = [part[kind] for part in parts]
+            if attention.fused_layout == "per-head":
+                split = [t.view(own.heads, 1, -1, *t.shape[1:]) for t in tensors]
+                joined[kind] = torch.cat(split, 1).reshape(-1, *tensors[0].shape[1:])
+            else:
+                joined[kind] = torch.cat(tensors)
+        put(attention.fused, joined)
+    else:
+        for path, part in zip((attention.query, attention.key, attention.value), parts, strict=True):
+            put(str(path), part)
+    put(attention.output, _rows(own.o_proj))
+    gates = [_rows(getattr(block.mlp, f"{name}_proj")) for name in (("gate", "up") if mlp.gated else ("up",))]
+    if mlp.gated and len(mlp.inputs) == 1:
+        gates = [{kind: torch.cat([g[kind] for g in gates]) for kind in gates[0]}]
+    for path, part in zip(mlp.inputs, gates, strict=True):
+        put(path, part)
+    put(mlp.output, _rows(block.mlp.down_proj))
+    for name, module in _pieces(block, anatomy):
+        found.update({f"{name}.{local}": p.data for local, p in module.named_parameters()})
+    return found
+
+
+def _pieces(block: Any, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
+    """(path in the stock block, module) of what a slim block took over unchanged."""
+    assert anatomy.attention is not None
+    pairs = list(zip(anatomy.norms, (getattr(block, name) for name in _norm_names(block)), strict=False))
+    own = block.self_attn
+    for path, name in ((anatomy.attention.query_norm, "q_norm"), (anatomy.attention.key_norm, "k_norm")):
+        if own is not None and hasattr(own, name):
+            pairs.append((f"{anatomy.attention.module}.{path}", getattr(own, name)))
+    return pairs
+
+
+def _norm_names(block: SlimBlock) -> list[str]:
+    return [name for name in NORMS[block.layout] if hasattr(block, name)]
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors in the place of the parameters that are on the meta device."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.device.type == "meta" and name in tensors:
+            owner, _, leaf = name.rpartition(".")
+            holder = module.get_submodule(owner)
+            holder._parameters[leaf] = nn.Parameter(tensors[name], requires_grad=tensors[name].is_floating_point())
+
+
+def _stock_anatomy(config: Any) -> Anatomy:
+    return families()[config.model_type]
+
+
+def _stock_config(model: Any) -> Any:
+    """The stock configuration that has the model's widths; None where there is none."""
+    slim: dict[str, Any] = model.config.slim
+    layers, first = slim["layers"], slim["layers"][0]
+    attention, mlp = first["attention"], first["mlp"]
+    plain = all(
+        layer["attention"] == attention
+        and layer["mlp"] == mlp
+        and set(layer["stream"]) == {slim["hidden"]}
+        and not any(layer["adapters"])
+        and not layer["fused"]
+        for layer in layers
+    )
+    if not plain or slim["fused_final"] or attention is None or mlp is None:
+        return None
+    if attention["pairs"] or attention["kv_of_head"] or attention["qk"] != attention["v"]:
+        return None
+    config = copy.deepcopy(model.config)
+    for name in ("slim", "auto_map"):
+        delattr(config, name)
+    anatomy = _stock_anatomy(config)
+    assert anatomy.mlp is not None
+    if hasattr(config, "head_dim") or attention["heads"] * attention["qk"] != slim["hidden"]:
+        config.head_dim = attention["qk"]
+    setattr(config, anatomy.mlp.width, mlp["width"])
+    config.num_attention_heads = attention["heads"]
+    if getattr(config, "num_key_value_heads", None) is not None:
+        config.num_key_value_heads = attention["kv_heads"]
+    elif attention["kv_heads"] != attention["heads"]:
+        return None
+    config.architectures = [stock_class(type(model)).__name__]
+    try:
+        with torch.device("meta"):
+            probe = stock_class(type(model))(config)
+    except ValueError:  # heads that do not divide the width, for example
+        return None
+    own: Any = find_blocks(model, anatomy)[0]
+    other: Any = find_blocks(probe, anatomy)[0]
+    assert anatomy.attention is not None
+    tensors = _join(own, other, anatomy)
+    fits = all(tensors[name].shape == p.shape for name, p in other.named_parameters())
+    return config if fits and own.self_attn.scaling == other.get_submodule(anatomy.attention.module).scaling else None

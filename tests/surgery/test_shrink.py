@@ -1,0 +1,230 @@
+"""Removing parts: the smaller model computes what the whole one does with those parts at zero."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from billhook.anatomy import anatomy_of, find_blocks
+from billhook.errors import BillhookError
+from billhook.surgery import shrink
+from billhook.surgery.slim import dims_of, refresh, resize_, settle_, slim_
+from tiny import FAMILIES, TEXT_FAMILIES, batches_for, build
+
+_BUILT: dict[str, nn.Module] = {}
+
+
+def slim_model(family: str) -> Any:
+    if family not in _BUILT:
+        model = build(family)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            for module in model.modules():
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+        slim_(model)
+        _BUILT[family] = model
+    return copy.deepcopy(_BUILT[family])
+
+
+def blocks_of(model: nn.Module) -> list[Any]:
+    return find_blocks(model, anatomy_of(model))
+
+
+def zero(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    with torch.no_grad():
+        if rows is not None:
+            linear.weight[rows] = 0
+            if linear.bias is not None:
+                linear.bias[rows] = 0
+        if columns is not None:
+            linear.weight[:, columns] = 0
+
+
+def spread(index: Tensor, width: int) -> Tensor:
+    return (index[:, None] * width + torch.arange(width)).flatten()
+
+
+def random_keep(size: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(size, generator=generator)
+    return order[:count].sort().values, order[count:]
+
+
+def cut_neurons(whole: Any, small: Any, draw: Callable[[int], int], generator: torch.Generator) -> None:
+    width = whole.mlp.down_proj.in_features
+    keep, gone = random_keep(width, draw(width), generator)
+    zero(whole.mlp.down_proj, columns=gone)
+    shrink.keep_neurons_(small, keep)
+
+
+def cut_heads(whole: Any, small: Any, draw: Callable[[int], int], generator: torch.Generator) -> None:
+    attention = whole.self_attn
+    keep, gone = random_keep(attention.heads, draw(attention.heads), generator)
+    zero(attention.o_proj, columns=spread(gone, attention.v))
+    shrink.keep_heads_(small, keep)
+
+
+def cut_kv_heads(whole: Any, small: Any, draw: Callable[[int], int], generator: torch.Generator) -> None:
+    attention = whole.self_attn
+    keep, gone = random_keep(attention.kv_heads, draw(attention.kv_heads), generator)
+    readers = torch.tensor([h for h, t in enumerate(shrink.owners(attention)) if t in gone.tolist()], dtype=torch.long)
+    zero(attention.o_proj, columns=spread(readers, attention.v))
+    shrink.keep_kv_heads_(small, keep)
+
+
+def cut_values(whole: Any, small: Any, draw: Callable[[int], int], generator: torch.Generator) -> None:
+    attention = whole.self_attn
+    count = draw(attention.v)
+    split = [random_keep(attention.v, count, generator) for _ in range(attention.kv_heads)]
+    for head, (_, gone) in enumerate(split):
+        zero(attention.v_proj, rows=head * attention.v + gone)
+    shrink.keep_values_(small, torch.stack([keep for keep, _ in split]))
+
+
+def cut_query_key(whole: Any, small: Any, draw: Callable[[int], int], generator: torch.Generator) -> None:
+    attention = whole.self_attn
+    if hasattr(attention, "q_norm"):
+        pytest.skip("normalised queries and keys")
+    half = attention.rotary_dim // 2
+    size = half or attention.qk
+    count = draw(size)
+    split = [random_keep(size, count, generator) for _ in range(attention.kv_heads)]
+    for head, (_, gone) in enumerate(split):
+        rows = torch.cat([gone, gone + half]) if half else gone
+        zero(attention.k_proj, rows=head * attention.qk + rows)
+    keep = torch.stack([keep for keep, _ in split])
+    (shrink.keep_pairs_ if half else shrink.keep_channels_)(small, keep)
+
+
+def cut_attention(whole: Any, small: Any, draw: Callable[[int], int], generator: torch.Generator) -> None:
+    zero(whole.self_attn.o_proj, rows=torch.arange(whole.self_attn.o_proj.out_features))
+    shrink.drop_attention_(small)
+
+
+def cut_mlp(whole: Any, small: Any, draw: Callable[[int], int], generator: torch.Generator) -> None:
+    zero(whole.mlp.down_proj, rows=torch.arange(whole.mlp.down_proj.out_features))
+    shrink.drop_mlp_(small)
+
+
+CUTS = [cut_neurons, cut_heads, cut_kv_heads, cut_values, cut_query_key, cut_attention, cut_mlp]
+
+
+def same(family: str, whole: Any, small: Any) -> None:
+    """Equal outputs in training and evaluation mode, and equal greedy text with a cache."""
+    refresh(small)
+    inputs = batches_for(family)[0]
+    with torch.no_grad():
+        for mode in (True, False):
+            want, got = whole.train(mode)(inputs).logits, small.train(mode)(inputs).logits
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+        if family in TEXT_FAMILIES:
+            options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+            assert torch.equal(whole.generate(inputs[:, :7], **options), small.generate(inputs[:, :7], **options))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=3)
+@given(data=st.data())
+def test_a_removed_part_is_a_part_at_zero(family: str, cut: Any, data: st.DataObject) -> None:
+    whole, small = slim_model(family), slim_model(family)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999), "seed"))
+    for one, other in zip(blocks_of(whole), blocks_of(small), strict=True):
+        if data.draw(st.booleans(), "this block"):
+            cut(one, other, lambda size: data.draw(st.integers(1, size), "kept"), generator)
+    same(family, whole, small)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_are_removed_one_after_the_other(family: str) -> None:
+    whole, small = slim_model(family), slim_model(family)
+    generator = torch.Generator().manual_seed(3)
+    cuts = [cut_values, cut_neurons, cut_kv_heads]
+    for one, other in zip(blocks_of(whole), blocks_of(small), strict=True):
+        for cut in cuts:
+            if cut is cut_kv_heads:
+                # the widths of `one` are still whole: remove by the same indices
+                keep = torch.tensor([0])
+                gone = torch.tensor([h for h, t in enumerate(shrink.owners(one.self_attn)) if t > 0])
+                zero(one.self_attn.o_proj, columns=spread(gone, one.self_attn.v))
+                shrink.keep_kv_heads_(other, keep)
+            else:
+                cut(one, other, lambda size: max(1, size // 2), generator)
+    same(family, whole, small)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "vit"])
+def test_removed_blocks_are_blocks_that_add_nothing(family: str) -> None:
+    whole, small = slim_model(family), slim_model(family)
+    middle = blocks_of(whole)[1]
+    cut_attention(middle, copy.deepcopy(middle), lambda n: n, torch.Generator())
+    cut_mlp(middle, copy.deepcopy(middle), lambda n: n, torch.Generator())
+    shrink.keep_blocks_(small, [0, 2])
+    assert small.config.num_hidden_layers == 2
+    same(family, whole, small)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_width_in_every_layer_is_a_stock_model(family: str) -> None:
+    model = slim_model(family)
+    for block in blocks_of(model):
+        shrink.keep_neurons_(block, torch.arange(0, 48, 3))
+    inputs = batches_for(family)[0]
+    with torch.no_grad():
+        want = model(inputs).logits
+        settle_(model)
+        assert type(model).__name__ == FAMILIES[family][0]
+        assert not hasattr(model.config, "slim")
+        torch.testing.assert_close(model(inputs).logits, want, rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in build(family).parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+def test_whole_kv_groups_leave_a_stock_model(family: str) -> None:
+    model = slim_model(family)
+    for block in blocks_of(model):
+        shrink.keep_kv_heads_(block, torch.tensor([1]))
+    inputs = batches_for(family)[0]
+    with torch.no_grad():
+        want = model(inputs).logits
+        settle_(model)
+        assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 1)
+        assert type(model).__name__ == FAMILIES[family][0]
+        torch.testing.assert_close(model(inputs).logits, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "qwen3"])
+def test_a_block_takes_the_shapes_of_its_description(family: str) -> None:
+    """What resuming does: a fresh block gets the shapes that an earlier process left, then its weights."""
+    model, fresh = slim_model(family), slim_model(family)
+    block, other = blocks_of(model)[0], blocks_of(fresh)[0]
+    generator = torch.Generator().manual_seed(0)
+    for cut in (cut_values, cut_neurons):
+        cut(copy.deepcopy(block), block, lambda size: max(1, size // 2), generator)
+    if family != "qwen3":
+        cut_query_key(copy.deepcopy(block), block, lambda size: max(1, size // 2), generator)
+    resize_(other, fresh.config.slim, dims_of(block))
+    assert dims_of(other) == dims_of(block)
+    other.load_state_dict(block.state_dict())
+    same(family, model, fresh)
+
+
+def test_nothing_or_too_much_to_keep_is_said() -> None:
+    block = blocks_of(slim_model("llama"))[0]
+    with pytest.raises(BillhookError, match="Nothing would be left of the 48 neurons"):
+        shrink.keep_neurons_(block, torch.tensor([], dtype=torch.long))
+    with pytest.raises(BillhookError, match="distinct and within 0 to 3"):
+        shrink.keep_heads_(block, torch.tensor([4]))
+    with pytest.raises(BillhookError, match="normalised over the head"):
+        shrink.keep_pairs_(blocks_of(slim_model("qwen3"))[0], torch.tensor([[0], [0]]))
+    with pytest.raises(BillhookError, match="make the model slim first"):
+        shrink.keep_neurons_(build("llama").get_submodule("model.layers.0"), torch.tensor([0]))

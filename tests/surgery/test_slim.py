@@ -1,0 +1,100 @@
+"""Slim blocks in the place of stock ones: the same outputs, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from billhook.anatomy import anatomy_of, sites_of
+from billhook.errors import BillhookError
+from billhook.surgery.slim import class_named, is_slim, settle_, slim_
+from tiny import FAMILIES, TEXT_FAMILIES, batches_for, build
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_slim_model_computes_the_same_and_settles_to_the_same(family: str, attention: str) -> None:
+    if (family, attention) == ("gemma2", "sdpa"):
+        pytest.skip("capped scores need eager attention")
+    model = build(family)
+    model.set_attn_implementation(attention)  # type: ignore[operator]
+    whole, inputs = copy.deepcopy(model), batches_for(family)[0]
+    with torch.no_grad():
+        want = whole(inputs, output_hidden_states=True)
+        slim_(model)
+        assert is_slim(model)
+        got = model(inputs, output_hidden_states=True)
+        torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
+        assert len(got.hidden_states) == len(want.hidden_states)
+        if family in TEXT_FAMILIES:
+            options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+            assert torch.equal(model.generate(inputs[:, :5], **options), whole.generate(inputs[:, :5], **options))  # type: ignore[operator]
+        settle_(model)
+        assert type(model) is type(whole)
+        assert torch.equal(model(inputs).logits, want.logits)
+    for (name, one), (other_name, other) in zip(whole.named_parameters(), model.named_parameters(), strict=True):
+        assert name == other_name
+        assert torch.equal(one, other)
+    written = ("architectures", "n_inner")  # None where a default was meant
+    before, after = ({k: v for k, v in m.config.to_dict().items() if k not in written} for m in (whole, model))
+    assert before == after
+
+
+def test_padding_and_a_mask_reach_the_slim_attention() -> None:
+    model = build("llama")
+    whole = copy.deepcopy(model)
+    slim_(model)
+    ids = batches_for("llama")[0]
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        got, want = (m(ids, attention_mask=mask).logits for m in (model, whole))
+    torch.testing.assert_close(got, want)
+
+
+def test_gradients_reach_every_slim_weight() -> None:
+    model = build("llama")
+    slim_(model)
+    ids = batches_for("llama")[0]
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_of_a_slim_model_have_one_set_of_names(family: str) -> None:
+    model = build(family)
+    slim_(model)
+    anatomy = anatomy_of(model)
+    names = [site.projection for site in sites_of(model, anatomy)[0]]
+    gate = ["mlp.gate_proj"] if anatomy.mlp is not None and anatomy.mlp.gated else []
+    assert names == [*(f"self_attn.{p}_proj" for p in "qkvo"), *gate, "mlp.up_proj", "mlp.down_proj"]
+
+
+def test_slim_classes_have_names_and_are_found_by_them() -> None:
+    model = build("opt")
+    slim_(model)
+    assert type(model).__name__ == "SlimOPTForCausalLM"
+    assert class_named("SlimOPTForCausalLM") is type(model)
+    assert class_named("OPTForCausalLM") is None
+    assert class_named("SlimNothing") is None
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(type(model))  # weights are saved as tensors, never so
+
+
+def test_a_plain_module_has_no_slim_form() -> None:
+    import billhook as bh
+
+    bh.declare(bh.Anatomy(family="bare", model_types=("bare",), blocks="layers"))
+
+    class Bare(torch.nn.Module):
+        config = type("Config", (), {"model_type": "bare"})()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+
+    with pytest.raises(BillhookError, match="names no attention and MLP"):
+        slim_(Bare())
