@@ -14,7 +14,7 @@ from billhook.calibrate.walk import walk
 from billhook.errors import BillhookError
 from billhook.export import save
 from billhook.measure import perplexity
-from billhook.methods import ICBS, PERP, RIA, Magnitude, Method, SparseGPT, Wanda, method, register
+from billhook.methods import FASP, ICBS, PERP, RIA, Magnitude, Method, ShortGPT, SparseGPT, Wanda, method, register
 from billhook.models.load import load
 from billhook.record import Report
 from billhook.run import prune
@@ -25,6 +25,7 @@ from billhook.sparsity.refiners import DSnoT
 __version__ = "0.1.0"
 
 __all__ = [
+    "FASP",
     "ICBS",
     "MLP",
     "OWL",
@@ -40,6 +41,7 @@ __all__ = [
     "Magnitude",
     "Method",
     "Report",
+    "ShortGPT",
     "SparseGPT",
     "Statistic",
     "Walk",

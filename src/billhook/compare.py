@@ -11,7 +11,6 @@ import torch
 
 from billhook.anatomy import anatomy_of
 from billhook.calibrate import distributed
-from billhook.calibrate.walk import Walk
 from billhook.declared import split_outside
 from billhook.errors import BillhookError
 from billhook.export import Target
@@ -23,7 +22,18 @@ from billhook.models.load import load
 from billhook.recipe import Job
 from billhook.report import table
 from billhook.report.table import Cell, Comparison
-from billhook.run import Options, fingerprint_of, opened, prepare_data, refuse_source, remembered, run_steps, staged
+from billhook.run import (
+    Options,
+    check,
+    fingerprint_of,
+    open_model,
+    opened,
+    prepare_data,
+    refuse_source,
+    remembered,
+    run_steps,
+    staged,
+)
 from billhook.system import (
     machine,
     parse_bytes,
@@ -72,8 +82,8 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
     if windows is None:
         raise BillhookError("A comparison needs perplexities: use a language model and leave --no-eval out.")
     for _, _, steps in cells:
-        for step in steps:
-            step.check(Walk(model, batches, needs="forward"))
+        fresh, _ = open_model(job.model, steps, parse_dtype(job.dtype))
+        check(fresh, steps, batches)
 
     described = {
         "job": job.model_dump(mode="json"),
@@ -102,7 +112,7 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
                 continue
             reset_peak_memory()
             start = time.perf_counter()
-            model, _ = load(job.model, dtype=parse_dtype(job.dtype), stream=True)
+            model, _ = open_model(job.model, steps, parse_dtype(job.dtype))
             records, _ = run_steps(model, steps, batches, staging / label, options)
             seconds, peak = time.perf_counter() - start, peak_memory()
             after = evaluate(

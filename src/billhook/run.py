@@ -32,6 +32,7 @@ from billhook.models.load import load
 from billhook.models.source import Streamed, dtype_of, source_of
 from billhook.recipe import Job
 from billhook.record import FILE, Calibration, Evaluation, Report, Size, StepRecord
+from billhook.surgery.slim import is_slim, only_renames, settle_, slim_
 from billhook.system import machine, parse_bytes, parse_device, parse_dtype, peak_memory, versions
 
 log = logging.getLogger("billhook")
@@ -132,15 +133,14 @@ def execute(job: Job, *, force: bool = False) -> tuple[Report, bool]:
     target = Target(job.out)
     if not force:
         target.refuse_foreign()
-    model, tokenizer = load(job.model, dtype=parse_dtype(job.dtype), stream=True)
+    model, tokenizer = open_model(job.model, steps, parse_dtype(job.dtype))
     refuse_source(model, target)
     family = anatomy_of(model)
     batches, windows, calibration = prepare_data(job, model, tokenizer, family, steps)
     if windows is not None and not force and any(method.trains for method in steps):
         _refuse_overlap(batches, windows)
     if batches:  # without any, nothing comes before the steps' own checks
-        for method in steps:
-            method.check(Walk(model, batches, needs="forward"))
+        check(model, steps, batches)
 
     report = _blank(model, steps, options, job.model)
     report.seed, report.storage, report.calibration = job.seed, job.storage, calibration
@@ -163,6 +163,19 @@ def execute(job: Job, *, force: bool = False) -> tuple[Report, bool]:
     return report, False
 
 
+def check(model: nn.Module, steps: Sequence[Method], batches: Sequence[Batch]) -> None:
+    """Refuse what cannot work on this model, before any work; a method that reshapes checks the reshaped model.
+
+    Steps after the first one that reshapes meet a model that is not known yet: they check when it is their turn.
+    """
+    for method in steps:
+        if method.reshapes:
+            reshape(model)
+        method.check(Walk(model, batches, needs="forward"))
+        if method.reshapes:
+            break
+
+
 # -- parts of a run ---------------------------------------------------------------------------------------
 
 
@@ -179,6 +192,8 @@ def run_steps(
     originals = _originals(model, steps, options)
     for number, method in enumerate(steps, start=1):
         started = time.perf_counter()
+        if method.reshapes:
+            reshape(model)
         journal = Journal(staging / f"step-{number}") if staging else None
         walk = Walk(
             model,
@@ -207,7 +222,27 @@ def run_steps(
                 notes=walk.notes,
             )
         )
+    renamed = settle_(model)
+    source = source_of(model)
+    if renamed and isinstance(source, Streamed):
+        source.rename(renamed)
     return records, resumed
+
+
+def reshape(model: nn.Module) -> None:
+    """Give a model slim blocks, for methods that remove whole parts."""
+    renamed = slim_(model)
+    source = source_of(model)
+    if renamed and isinstance(source, Streamed):
+        source.rename(renamed)
+
+
+def open_model(name: str, steps: Sequence[Method], dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+    """Open a model with its weights on disk, or in memory where a step has to take its matrices apart."""
+    model, tokenizer = load(name, dtype=dtype, stream=True)
+    if any(method.reshapes for method in steps) and not is_slim(model) and not only_renames(anatomy_of(model)):
+        model, tokenizer = load(name, dtype=dtype)
+    return model, tokenizer
 
 
 def _precision(method: Method, options: Options) -> Precision:

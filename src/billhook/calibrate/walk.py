@@ -12,6 +12,7 @@ progress and measurement happen here and nowhere else.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -35,6 +36,9 @@ from billhook.errors import BillhookError
 from billhook.models.source import Resident, Source, Streamed, dtype_of, source_of
 from billhook.progress import bar
 from billhook.record import BlockRecord, SiteRecord
+from billhook.surgery.modeling_slim import SlimBlock
+from billhook.surgery.shrink import keep_blocks_
+from billhook.surgery.slim import dims_of, resize_
 from billhook.system import finite, peak_memory, release_memory, resident_memory
 
 R = TypeVar("R")
@@ -67,6 +71,7 @@ class Block:
         self._probes: dict[Site, tuple[Tensor, Tensor]] = {}  # input rows and dense outputs
         self._gathered: dict[Any, dict[Site, Any]] = {}  # statistic -> site -> result of its last pass
         self._dense_output: Tensor | None = None
+        self._shapes = {site: site.shape for site in self.sites}  # before anything is removed
 
     def collect(self, statistic: type[Statistic[R]], sites: Sequence[Site] | None = None) -> dict[Site, R]:
         """One pass over the calibration data through the block as it is now.
@@ -203,10 +208,16 @@ class Block:
                 torch.cuda.synchronize()
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def _site_record(self, site: Site, asked: float) -> SiteRecord:
-        weight = site.weight
+    def _site_records(self) -> list[SiteRecord]:
+        inside = {id(module) for module in self.module.modules()}  # a method may have removed some
+        present = {site for site in self.sites if id(site.module) in inside}
+        targets = self._walk.targets
+        return [self._site_record(site, targets.get(site.name, 0.0), present) for site in self.sites]
+
+    def _site_record(self, site: Site, asked: float, present: set[Site]) -> SiteRecord:
+        weight, shape = site.weight, self._shapes[site]
         error = None
-        if site in self._probes:
+        if site in self._probes and tuple(weight.shape) == shape:
             x, dense = self._probes[site]
             with torch.autocast(weight.device.type, enabled=False):
                 error = _relative_error(dense, x @ weight.float().T)
@@ -214,9 +225,9 @@ class Block:
             site=site.name,
             block=self.index,
             projection=site.projection,
-            shape=site.shape,
+            shape=shape,
             asked=asked,
-            sparsity=1.0 - int(torch.count_nonzero(weight)) / site.numel,
+            sparsity=1.0 - (int(torch.count_nonzero(weight)) / math.prod(shape) if site in present else 0.0),
             error=error,
         )
 
@@ -477,6 +488,30 @@ class Walk:
                     parameters[name].copy_(stored.read())
         return True
 
+    def drop(self, indices: Sequence[int]) -> None:
+        """Remove whole blocks of a slim model, in place of iterating over the walk; all blocks are recorded."""
+        gone = set(indices)
+        counted = {site.name: int(torch.count_nonzero(weight)) for site, weight in self.weights()}
+        for index, (name, sites) in enumerate(zip(self.names, self.sites, strict=True)):
+            self.block_records.append(BlockRecord(index=index, name=name))
+            for site in sites:
+                left = 0 if index in gone else counted[site.name]
+                self.site_records.append(
+                    SiteRecord(
+                        site=site.name,
+                        block=index,
+                        projection=site.projection,
+                        shape=site.shape,
+                        asked=float(index in gone),
+                        sparsity=1.0 - left / site.numel,
+                    )
+                )
+        kept = [i for i in range(len(self.blocks)) if i not in gone]
+        keep_blocks_(self.model, kept)
+        if isinstance(self.source, Streamed):
+            prefixes = {self.names[old]: self.names[new] for new, old in enumerate(kept)}
+            self.source.keep_blocks(self.names, prefixes)
+
     # -- the loop -----------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Block]:
@@ -541,6 +576,10 @@ class Walk:
         record = self.journal.record(index)
         self.block_records.append(BlockRecord.model_validate(record["block"]))
         self.site_records += [SiteRecord.model_validate(s) for s in record["sites"]]
+        if "dims" in record:
+            config: Any = self.model.config
+            resize_(module, config.slim, record["dims"])
+            self.sites[index] = sites_of(self.model, self.anatomy)[index]
         if isinstance(self.source, Streamed):
             self.source.refs.update(stored)
         else:
@@ -580,7 +619,7 @@ class Walk:
             self.source.release(block.module, block.name)
             return last_snapshot
         with block._timed("write"):
-            sites = [block._site_record(site, self.targets.get(site.name, 0.0)) for site in block.sites]
+            sites = block._site_records()
             record = BlockRecord(index=block.index, name=block.name, seconds=block.seconds, error=error)
             if self.journal is not None:
                 last_snapshot = self._commit(block, record, sites, last_snapshot)
@@ -608,6 +647,8 @@ class Walk:
         if distributed.is_main():
             record.peak_memory = peak_memory()
             entry = {"block": record.model_dump(), "sites": [s.model_dump() for s in sites]}
+            if isinstance(block.module, SlimBlock):
+                entry["dims"] = dims_of(block.module)
             self.journal.commit(block.index, block_tensors(block.name, block.module), entry)
         distributed.barrier()
         if isinstance(self.source, Streamed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from billhook.models.source import Streamed, source_of
 from billhook.record import FILE, Report
 from billhook.report.card import model_card
 from billhook.report.html import page
+from billhook.surgery.slim import FILE as SLIM_FILE
+from billhook.surgery.slim import is_slim, modelling_file
 
 _SINGLE_FILE_LIMIT = 5_000_000_000
 _COMPANIONS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
@@ -141,7 +144,11 @@ def assemble(model: nn.Module, tokenizer: Any, result: Path, storage: str = "den
     source = source_of(model)
     if isinstance(source, Streamed):
         _companions(source, result)
-        _weights(source, result)
+        _weights(source, result, model)
+        if source.reshaped:
+            config: Any = model.config
+            config.dtype = source.dtype
+            config.save_pretrained(result)
     else:
         if not hasattr(model, "save_pretrained"):
             raise BillhookError(
@@ -151,6 +158,8 @@ def assemble(model: nn.Module, tokenizer: Any, result: Path, storage: str = "den
         model.save_pretrained(result)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(result)
+    if is_slim(model):
+        (result / SLIM_FILE).write_text(modelling_file(model), encoding="utf-8")
     if storage == "compressed":
         compress(result)
 
@@ -197,12 +206,17 @@ def _companions(source: Streamed, result: Path) -> None:
             (result / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _weights(source: Streamed, result: Path) -> None:
-    edited = {source.keys[param]: ref for param, ref in source.refs.items()}
+def _weights(source: Streamed, result: Path, model: nn.Module) -> None:
+    edited = {source.keys[param]: ref for param, ref in source.refs.items() if param in source.keys}
+    originals: Mapping[str, Stored | Packed] = source.checkpoint.tensors
+    if source.reshaped:  # names and shapes are the model's own
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        edited = {param: ref for param, ref in source.refs.items() if param not in tied}
+        originals = edited
     entries: dict[str, Entry] = {}
     shards: dict[str, list[str]] = {}  # file of an edited block, or "" for the rest -> keys
     renamed: set[str] = set()
-    for key, original in source.checkpoint.tensors.items():
+    for key, original in originals.items():
         ref = edited.get(key, original)
         entries[key] = _entry(key, ref, source)
         own = isinstance(ref, Stored) and ref.file not in source.checkpoint.files

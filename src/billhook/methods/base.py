@@ -26,6 +26,7 @@ class Method(Declared):
 
     kind = "method"
     needs: ClassVar[Needs] = "calibration"
+    reshapes: ClassVar[bool] = False  # whether it removes whole parts, so that blocks have to be slim ones
     trains: ClassVar[bool] = (
         False  # whether it fits the calibration data, so that they must not be those it is judged on
     )

@@ -12,6 +12,7 @@ from torch import nn
 from billhook.errors import BillhookError
 from billhook.models.checkpoint import COMPRESSED, Checkpoint, Packed
 from billhook.models.source import Streamed, attach, fill_buffers, match_keys
+from billhook.surgery.slim import class_named
 
 log = logging.getLogger("billhook")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -154,7 +155,7 @@ def _skeleton(folder: Path) -> nn.Module:
     except Exception as error:  # what is wrong with a configuration surfaces as many exception types
         raise BillhookError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
     names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], None) if names else None
+    cls: Any = (class_named(names[0]) or getattr(transformers, names[0], None)) if names else None
     try:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -90,6 +90,27 @@ class Streamed:
         self.keys = dict(keys)
         self.checkpoint = checkpoint
         self.dtype = dtype
+        self.reshaped = False  # whether parameters are named and shaped unlike the checkpoint's
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Know parameters under other names from now on: old full name -> new one."""
+        self.refs = {names.get(old, old): ref for old, ref in self.refs.items()}
+        self.keys = {names.get(old, old): key for old, key in self.keys.items()}
+        self.reshaped = True
+
+    def keep_blocks(self, before: Sequence[str], moved: Mapping[str, str]) -> None:
+        """Forget the parameters of blocks that were removed; those of the others move to new places: old -> new."""
+        names: dict[str, str] = {}
+        for full in list(self.refs):
+            owner = next((name for name in before if full.startswith(f"{name}.")), None)
+            if owner is None:
+                continue
+            if owner in moved:
+                names[full] = moved[owner] + full[len(owner) :]
+            else:
+                del self.refs[full]
+                self.keys.pop(full, None)
+        self.rename(names)
 
     def load(self, module: nn.Module, name: str, device: torch.device) -> None:
         for local, full in _names(module, name):

@@ -29,14 +29,17 @@ def is_slim(model: nn.Module) -> bool:
     return isinstance(model, Slim)
 
 
-def slim_(model: Any) -> None:
-    """Replace the blocks of a Transformers model in memory by slim ones with the same weights and outputs, in place.
+def slim_(model: Any) -> dict[str, str]:
+    """Replace the blocks of a Transformers model by slim ones with the same weights and outputs, in place.
+
+    Returns:
+        Full names of the blocks' parameters before -> after, as far as `only_renames` tensors stay what they are.
 
     Raises:
-        BillhookError: the model's family declares no attention and MLP, or its weights are still on disk.
+        BillhookError: the model's family declares no attention and MLP, or it is no Transformers model.
     """
     if is_slim(model):
-        return
+        return {}
     anatomy = anatomy_of(model)
     if anatomy.attention is None or anatomy.mlp is None:
         raise BillhookError(
@@ -47,8 +50,10 @@ def slim_(model: Any) -> None:
         raise BillhookError(f"{type(model).__name__} is not a Transformers model, so its blocks cannot be reshaped.")
     model.config.slim = spec = _spec(model, anatomy)
     container: Any = model.get_submodule(anatomy.blocks)
+    names: dict[str, str] = {}
     for index, block in enumerate(find_blocks(model, anatomy)):
         weights = _split(block, anatomy, model.config)
+        names |= _names(block, spec, anatomy, f"{anatomy.blocks}.{index}")
         with torch.device("meta"):
             slim = SlimBlock(block, spec, spec["layers"][index])
         _fill(slim, weights)
@@ -56,6 +61,15 @@ def slim_(model: Any) -> None:
     model.__class__ = slim_class(type(model))
     modeling_slim.record_outputs(model)
     refresh(model)
+    return names
+
+
+def only_renames(anatomy: Anatomy) -> bool:
+    """Whether slimming a model of this family takes no tensor apart, so that its weights may stay on disk."""
+    attention, mlp = anatomy.attention, anatomy.mlp
+    if attention is None or mlp is None:
+        return False
+    return attention.fused is None and len(mlp.inputs) == 1 + mlp.gated and not anatomy.conv1d
 
 
 def refresh(model: Any) -> None:
@@ -115,22 +129,28 @@ def resize_(block: nn.Module, slim: dict[str, Any], dims: dict[str, Any]) -> Non
     block.stream = new.stream
 
 
-def settle_(model: Any) -> None:
-    """Make a slim model a stock one again, in place, if its widths are such as a stock class can express."""
+def settle_(model: Any) -> dict[str, str]:
+    """Make a slim model a stock one again, in place, if its widths are such as a stock class can express.
+
+    Returns:
+        Full names of the blocks' parameters before -> after.
+    """
     if not is_slim(model):
-        return
+        return {}
     refresh(model)
     stock = _stock_config(model)
     if stock is None:
-        return
+        return {}
     base = stock_class(type(model))
     anatomy = _stock_anatomy(model.config)
     with torch.device("meta"):
         shape = base(stock)
     container: Any = model.get_submodule(anatomy.blocks)
     wanted = find_blocks(shape, anatomy)
+    names: dict[str, str] = {}
     for index, (block, new) in enumerate(zip(find_blocks(model, anatomy), wanted, strict=True)):
         tensors = _join(block, new, anatomy)
+        names |= {v: k for k, v in _names(new, model.config.slim, anatomy, f"{anatomy.blocks}.{index}").items()}
         _fill(new, tensors)
         for name, module in _pieces(block, anatomy):  # activations and norms carry their own state
             modeling_slim.replace(new, name, module)
@@ -142,6 +162,7 @@ def settle_(model: Any) -> None:
             module.config = stock
         module.__dict__.pop("_can_record_outputs", None)
     modeling_slim.record_outputs(model, stock=True)
+    return names
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -328,6 +349,31 @@ def _join(block: Any, new: nn.Module, anatomy: Anatomy) -> dict[str, Tensor]:
     for name, module in _pieces(block, anatomy):
         found.update({f"{name}.{local}": p.data for local, p in module.named_parameters()})
     return found
+
+
+def _names(stock: nn.Module, slim: dict[str, Any], anatomy: Anatomy, prefix: str) -> dict[str, str]:
+    """Parameter of a stock block -> of its slim block, full names; fused ones are left out."""
+    attention, mlp = anatomy.attention, anatomy.mlp
+    assert attention is not None
+    assert mlp is not None
+    paths: dict[str | None, str] = {
+        attention.query: "self_attn.q_proj",
+        attention.key: "self_attn.k_proj",
+        attention.value: "self_attn.v_proj",
+        attention.output: "self_attn.o_proj",
+        mlp.output: "mlp.down_proj",
+        f"{attention.module}.{attention.query_norm}": "self_attn.q_norm",
+        f"{attention.module}.{attention.key_norm}": "self_attn.k_norm",
+    }
+    gates = ("mlp.gate_proj", "mlp.up_proj") if mlp.gated else ("mlp.up_proj",)
+    paths |= dict(zip(mlp.inputs, gates, strict=False))
+    paths |= dict(zip(anatomy.norms, NORMS[slim["layout"]], strict=False))
+    return {
+        f"{prefix}.{name}": f"{prefix}.{paths[owner]}.{leaf}"
+        for name, _ in stock.named_parameters()
+        for owner, _, leaf in [name.rpartition(".")]
+        if owner in paths
+    }
 
 
 def _pieces(block: Any, anatomy: Anatomy) -> list[tuple[str, nn.Module]]:

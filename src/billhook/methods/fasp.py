@@ -1,0 +1,206 @@
+"""FASP: remove inner channels of pairs of consecutive matrices, and refit the second on what stays."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from billhook.calibrate.gram import Gram
+from billhook.calibrate.walk import Block, Needs, Walk
+from billhook.errors import BillhookError
+from billhook.methods.base import Paper, register
+from billhook.methods.structured import StructuredMethod, random_scores
+from billhook.sparsity.refit import refit
+from billhook.sparsity.structure import column_scores, rounded, strongest
+from billhook.surgery.shrink import keep_kv_heads_, keep_neurons_, keep_values_, owners, value_slices
+
+
+@register("fasp")
+class FASP(StructuredMethod):
+    title = "FASP"
+    paper: ClassVar[Paper | None] = Paper(
+        "FASP: Fast and Accurate Structured Pruning of Large Language Models",
+        "H. Hu, P. Zhao, P. Li, Y. Zheng, Z. Wang, X. Yuan",
+        "2025",
+        "2501.09412",
+    )
+    summary = (
+        "Removes the neurons and value channels whose column in the matrix that reads them has the smallest summed "
+        "Wanda score, and refits that matrix by least squares; queries and keys stay."
+    )
+    when = (
+        "The first choice for making a model smaller and faster: minutes, no gradients, no adapters. "
+        "uniform=true gives a stock configuration that every runtime loads."
+    )
+
+    score: Literal["wanda", "magnitude", "random"] = Field("wanda", description="What ranks channels.")
+    restore: bool = Field(True, description="Refit the second matrix of each pair on the channels that stay.")
+    norm: Literal["l1", "l2"] = Field("l1", description="Norm over a column.")
+    damping: float = Field(1e-3, ge=0, description="Of the refit, in units of the mean diagonal of the Gram matrix.")
+    attention: Literal["values", "groups", "skip"] = Field(
+        "values", description="Remove value channels, as many per head; whole KV groups with their queries; or nothing."
+    )
+    uniform: bool = Field(
+        False, description="Same widths in every layer, of a kind that stock configurations have: KV groups, neurons."
+    )
+
+    draw: int = Field(0, ge=0, description="Seed of score=random.")
+
+    def prune(self, walk: Walk) -> None:
+        ratios = self.ratios(walk)
+        if self.uniform and len(set(ratios)) > 1:
+            raise BillhookError("uniform=true wants the same widths in every layer: leave sharing at uniform.")
+        for block in walk:
+            width = self._widths(block.module, ratios[block.index])
+            values, output = width.get("values"), self.site(block, "self_attn.o_proj")
+            groups, down = width.get("groups"), self.site(block, "mlp.down_proj")
+            if output is not None and (values or groups):
+                gram = block.collect(Gram, [output])[output].matrix if self._needs_data else None
+                if values:
+                    self._cut_values(block, gram, values)
+                elif groups:
+                    self._cut_groups(block, gram, groups)
+            if down is not None:
+                gram = block.collect(Gram, [down])[down].matrix if self._needs_data else None
+                self._cut_neurons(block, gram, width["neurons"])
+
+    @property
+    def _needs_data(self) -> bool:
+        return self.restore or self.score == "wanda"
+
+    def check(self, walk: Walk) -> None:
+        for block in walk.blocks:
+            self._widths(block, self.overall(walk))
+
+    def _widths(self, block: Any, ratio: float) -> dict[str, int]:
+        """How many value channels per head or KV groups, and how many neurons stay, to remove `ratio` of the block.
+
+        Raises:
+            BillhookError: what may be removed is less than what is asked.
+        """
+        total = sum(p.numel() for p in block.parameters())
+        mode = "groups" if self.uniform and self.attention == "values" else self.attention
+        attention, mlp = block.self_attn, block.mlp
+        budget = ratio * total
+        result: dict[str, int] = {}
+        neuron = 0
+        if mlp is not None:
+            neuron = sum(p.numel() for n, p in mlp.named_parameters() if n != "down_proj.bias")
+        if attention is None:
+            mode = "skip"
+        pair = 0
+        if mode == "values":
+            pair = attention.v_proj.weight.numel() + attention.o_proj.weight.numel()
+        elif mode == "groups":
+            pair = sum(p.numel() for n, p in attention.named_parameters() if n != "o_proj.bias" and "norm" not in n)
+        share = budget / max(neuron + pair, 1)  # s' = s·P_block / P_prunable: what stays whole counts too
+        if share >= 1:
+            raise BillhookError(
+                f"{ratio:.0%} of a block cannot be removed when only {(neuron + pair) / total:.0%} of it may be: lower "
+                "the sparsity, or let the method remove more kinds of parts."
+            )
+        if mode == "values":
+            result["values"] = rounded(attention.v * (1 - share), min(self.round, 8), attention.v)
+            budget -= pair * (1 - result["values"] / attention.v)
+        elif mode == "groups":
+            result["groups"] = max(1, round(attention.kv_heads * (1 - share)))
+            budget -= pair * (1 - result["groups"] / attention.kv_heads)
+        if mlp is not None:
+            size = mlp.down_proj.in_features
+            left = size * (1 - budget / neuron)
+            if left < 0.5:
+                raise BillhookError(f"{ratio:.0%} of a block would leave no neurons: lower the sparsity.")
+            result["neurons"] = rounded(left, self.round, size)
+        return result
+
+    def _scores(self, block: Block, weight: Tensor, gram: Tensor | None) -> Tensor:
+        if self.score == "random":
+            return random_scores(block, weight.shape[1], self.draw).to(weight.device)
+        energy = gram.diagonal() if gram is not None and self.score == "wanda" else None
+        return column_scores(weight, energy, self.norm)
+
+    def _cut_neurons(self, block: Block, gram: Tensor | None, count: int) -> None:
+        down = _slim(block).mlp.down_proj
+        keep = strongest(self._scores(block, down.weight, gram), count)
+        new = refit(down.weight, gram, keep, self.damping) if gram is not None and self.restore else None
+        keep_neurons_(block.module, keep)
+        _write(down, new)
+
+    def _cut_values(self, block: Block, gram: Tensor | None, count: int) -> None:
+        attention = _slim(block).self_attn
+        _fold_value_bias(attention)
+        scores = self._scores(block, attention.o_proj.weight, gram).view(attention.heads, attention.v)
+        owner = torch.tensor(owners(attention), device=scores.device)
+        grouped = scores.new_zeros(attention.kv_heads, attention.v).index_add_(0, owner, scores)
+        keep = strongest(grouped, count)
+        columns = value_slices(attention, keep.cpu())[1]
+        weight = attention.o_proj.weight
+        new = refit(weight, gram, columns, self.damping) if gram is not None and self.restore else None
+        keep_values_(block.module, keep.cpu())
+        _write(attention.o_proj, new)
+
+    def _cut_groups(self, block: Block, gram: Tensor | None, count: int) -> None:
+        attention = _slim(block).self_attn
+        scores = self._scores(block, attention.o_proj.weight, gram).view(attention.heads, attention.v).sum(1)
+        owner = torch.tensor(owners(attention), device=scores.device)
+        keep = strongest(scores.new_zeros(attention.kv_heads).index_add_(0, owner, scores), count).cpu()
+        heads = torch.tensor([h for h, t in enumerate(owners(attention)) if t in set(keep.tolist())])
+        columns = (heads[:, None] * attention.v + torch.arange(attention.v)).flatten()
+        weight = attention.o_proj.weight
+        new = refit(weight, gram, columns, self.damping) if gram is not None and self.restore else None
+        keep_kv_heads_(block.module, keep)
+        _write(attention.o_proj, new)
+
+
+def _slim(block: Block) -> Any:
+    return block.module
+
+
+def _write(linear: nn.Linear, weight: Tensor | None) -> None:
+    if weight is not None:
+        linear.weight.data.copy_(weight.to(linear.weight.dtype))
+
+
+def _fold_value_bias(attention: Any) -> None:
+    """Attention rows sum to one, so a value bias reaches every token as the constant W_O b_V: put it there."""
+    bias = attention.v_proj.bias
+    if bias is None or attention.o_proj.bias is None:
+        return
+    owner = torch.tensor(owners(attention), device=bias.device)
+    spread = bias.data.view(attention.kv_heads, attention.v)[owner].flatten()
+    attention.o_proj.bias.data += (attention.o_proj.weight.data.double() @ spread.double()).to(bias.dtype)
+    bias.data.zero_()
+
+
+@register("magnitude-widths")
+class MagnitudeWidths(FASP):
+    title = "Magnitude, whole channels"
+    paper = None
+    summary = "Removes the neurons and value channels with the smallest columns; updates nothing."
+    when = "A baseline that needs no data."
+    score: Literal["wanda", "magnitude", "random"] = Field("magnitude", description="What ranks channels.")
+    restore: bool = Field(False, description="Refit the second matrix of each pair on the channels that stay.")
+
+    @property
+    def requires(self) -> Needs:
+        return "calibration" if self._needs_data or self.sharing != "uniform" else "nothing"
+
+
+@register("wanda-widths")
+class WandaWidths(FASP):
+    title = "Wanda, whole channels"
+    paper = None
+    summary = "Removes the neurons and value channels with the smallest summed Wanda score; updates nothing."
+    when = "A baseline: FASP without its refit."
+    restore: bool = Field(False, description="Refit the second matrix of each pair on the channels that stay.")
+
+
+@register("random-widths")
+class RandomWidths(MagnitudeWidths):
+    title = "Random channels"
+    summary = "Removes random neurons and value channels; updates nothing."
+    when = "The control that every structured method has to beat."
+    score: Literal["wanda", "magnitude", "random"] = Field("random", description="What ranks channels.")
