@@ -14,7 +14,21 @@ from billhook.calibrate.walk import walk
 from billhook.errors import BillhookError
 from billhook.export import save
 from billhook.measure import perplexity
-from billhook.methods import FASP, ICBS, PERP, RIA, Magnitude, Method, ShortGPT, SparseGPT, Wanda, method, register
+from billhook.methods import (
+    FASP,
+    ICBS,
+    PERP,
+    RIA,
+    DynamicSlicing,
+    Magnitude,
+    Method,
+    ShortGPT,
+    SliceGPT,
+    SparseGPT,
+    Wanda,
+    method,
+    register,
+)
 from billhook.models.load import load
 from billhook.record import Report
 from billhook.run import prune
@@ -36,12 +50,14 @@ __all__ = [
     "BillhookError",
     "ColumnNorm",
     "DSnoT",
+    "DynamicSlicing",
     "ECoFLaP",
     "Gram",
     "Magnitude",
     "Method",
     "Report",
     "ShortGPT",
+    "SliceGPT",
     "SparseGPT",
     "Statistic",
     "Walk",

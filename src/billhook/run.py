@@ -208,7 +208,7 @@ def run_steps(
         )
         walk.originals = originals if number > 1 else None
         method.check(walk)
-        if not walk.replayed():
+        if method.finishes_outside or not walk.replayed():
             method.prune(walk)
         resumed |= walk.resumed_at > 0
         records.append(

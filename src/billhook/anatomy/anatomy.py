@@ -77,7 +77,9 @@ class Anatomy:
     final_norm: str | None = None
     head: str | None = None
     norm: Literal["rms", "layer"] = "rms"
+    norm_plus_one: bool = False  # norm scales are stored as their difference from one
     bias: bool = False
+    same_ends: bool = False  # the model gives its output the shape of its input, so the stream ends as wide as it began
     conv1d: bool = False  # weights stored as [in, out] (GPT-2)
     layout: Layout = "sequential"
     layout_switch: tuple[str, Layout] | None = None  # a configuration value that, if false, makes the layout another

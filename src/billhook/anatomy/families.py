@@ -32,6 +32,7 @@ declare(
 declare(
     Anatomy(
         family="gemma",
+        norm_plus_one=True,
         model_types=("gemma",),
         blocks="model.layers",
         attention=_LLAMA_ATTENTION,
@@ -46,6 +47,7 @@ declare(
 declare(
     Anatomy(
         family="gemma2",
+        norm_plus_one=True,
         model_types=("gemma2", "gemma3_text"),
         blocks="model.layers",
         attention=_LLAMA_ATTENTION,
@@ -137,6 +139,7 @@ declare(
         norm="layer",
         bias=True,
         conv1d=True,
+        same_ends=True,
     )
 )
 

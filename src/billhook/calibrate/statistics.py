@@ -51,6 +51,47 @@ class ColumnNorm(Statistic[Tensor]):
         return self.square_sum.sqrt()
 
 
+class Covariance(Statistic[Tensor]):
+    """Σ x xᵀ over all calibration tokens, uncentred and accumulated in float64, [in, in]: for eigenvectors."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.matrix = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.sums = [self.matrix]
+
+    def update(self, x: Tensor) -> None:
+        x = x.double()
+        self.matrix.addmm_(x.T, x)
+
+    def result(self) -> Tensor:
+        return self.matrix
+
+
+@dataclass(frozen=True)
+class Total:
+    """Sum of a site's input over all calibration tokens, float64 [in], and how many tokens they are."""
+
+    sum: Tensor
+    tokens: float
+
+
+class TokenSum(Statistic[Total]):
+    """Gathers `Total`: beside a Gram matrix, what the outputs of a layer with a bias are made of."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.total = torch.zeros(width, dtype=torch.float64, device=device)
+        self.count = torch.zeros(1, dtype=torch.float64, device=device)
+        self.sums = [self.total, self.count]
+
+    def update(self, x: Tensor) -> None:
+        self.total += x.float().sum(dim=0)
+        self.count += len(x)
+
+    def result(self) -> Total:
+        return Total(self.total, float(self.count))
+
+
 @dataclass(frozen=True)
 class Moments:
     """First and second moments of a site's input, per channel; float32 [in] each.

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -100,6 +100,46 @@ class Block:
             known.update(self._pass([statistic], self.sites)[statistic])
         result: R = known[site]
         return result
+
+    def between(self, statistic: type[Statistic[R]]) -> R:
+        """One pass; the statistic of the residual stream between attention and MLP of a slim block."""
+        return self._stream(statistic, self.module.get_submodule("post_attention_layernorm"))
+
+    def leaving(self, statistic: type[Statistic[R]]) -> R:
+        """One pass; the statistic of the residual stream that leaves the block."""
+        return self._stream(statistic, None)
+
+    def _stream(self, statistic: type[Statistic[R]], at: nn.Module | None) -> R:
+        found: list[Statistic[R]] = []
+
+        def feed(x: Tensor) -> None:
+            if not found:
+                found.append(statistic(x.shape[-1], x.device))
+            with torch.autocast(x.device.type, enabled=False):
+                found[0].update(x.reshape(-1, x.shape[-1]))
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            feed(args[0])
+            raise Stop
+
+        handle = at.register_forward_pre_hook(hook) if at is not None else None
+        try:
+            with self._timed("collect"), forward_precision(self._walk.precision, self._walk.device):
+                for batch in range(len(self._walk.inputs)):
+                    with suppress(Stop):
+                        output = self._walk.forward(self, batch)
+                        if at is None:
+                            feed(output)
+        finally:
+            if handle is not None:
+                handle.remove()
+        distributed.sum_(found[0].sums)
+        if not all(finite(t) for t in found[0].sums):
+            raise BillhookError(
+                f"The residual stream of block {self.index} is not finite on the calibration data: use a wider --dtype "
+                "such as float32, or check the model."
+            )
+        return found[0].result()
 
     def _pass(self, kinds: Sequence[type[Statistic[Any]]], wanted: list[Site]) -> dict[Any, dict[Site, Any]]:
         """Gather several statistics of the wanted sites at once."""
@@ -281,6 +321,8 @@ class Walk:
         self.companions: list[type[Statistic[Any]]] = []  # gathered in every collecting pass besides what is asked
         self.notes: list[str] = []  # what the user should know of how it went
         self.originals: Callable[[str], Tensor] | None = None  # parameters before the run's first step, by full name
+        self.entry: Tensor | None = None  # what the first block's inputs are multiplied by, [hidden, width]
+        self.carry: dict[str, Tensor] = {}  # what a method hands from one block to the next, kept with the block
         self.block_records: list[BlockRecord] = []
         self.site_records: list[SiteRecord] = []
         self.resumed_at = 0
@@ -458,6 +500,51 @@ class Walk:
             if isinstance(self.source, Streamed) and self.journal is not None:
                 self.source.refs.update(self.journal.rest())
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What a slim model's configuration says of its blocks."""
+        config: Any = self.model.config
+        spec: dict[str, Any] = config.slim
+        return spec
+
+    def entering(self, statistic: type[Statistic[R]]) -> R:
+        """The statistic of the hidden states that enter the first block."""
+        look = self.dense()
+        try:
+            with torch.no_grad():
+                look._begin(0)
+                found = statistic(look.inputs[0].shape[-1], look.device)
+                for batch in range(len(look.inputs)):
+                    found.update(look.inputs[batch].reshape(-1, found.width))
+        finally:
+            look.close()
+        distributed.sum_(found.sums)
+        return found.result()
+
+    @contextmanager
+    def outside(self, paths: Sequence[str]) -> Iterator[None]:
+        """While inside, these modules outside the blocks have their weights; `edited` says which were changed."""
+        for path in paths:
+            self.source.load_own(self.model.get_submodule(path), path, self.device)
+        with torch.no_grad():
+            yield
+        for path in paths:
+            self.source.release_own(self.model.get_submodule(path), path)
+
+    def edited(self, paths: Sequence[str]) -> None:
+        """Take over the parameters of modules that were edited in `outside`, and write them."""
+        modules = {path: self.model.get_submodule(path) for path in paths}
+        tensors = {
+            f"{path}.{name}": p.data for path, module in modules.items() for name, p in module.named_parameters()
+        }
+        distributed.from_main_(list(tensors.values()))
+        if self.journal is not None:
+            if distributed.is_main():
+                self.journal.commit_rest(tensors)
+            distributed.barrier()
+            if isinstance(self.source, Streamed):
+                self.source.refs.update(self.journal.rest())
+
     def inside(self, label: str = "start") -> Walk:
         """While the model is whole in memory: a walk that edits it there, without a journal."""
         return Walk(
@@ -560,13 +647,18 @@ class Walk:
         spill = self._must_spill()
         if start == 0:
             self.inputs = self._activations(0, spill)
-            self._capture.run(lambda i, hidden: self.inputs.__setitem__(i, hidden.clone()))
+            self._capture.run(lambda i, hidden: self.inputs.__setitem__(i, self._entered(hidden)))
         else:
             self._capture.run(lambda i, hidden: held.clear())
             assert self.journal is not None
             stored = Activations.open(self.journal.inputs(start, rank, world), self.device)
             self.inputs = stored if spill else stored.in_memory()
         return start
+
+    def _entered(self, hidden: Tensor) -> Tensor:
+        if self.entry is None:
+            return hidden.clone()
+        return (hidden.double() @ self.entry.to(hidden.device)).to(hidden.dtype)
 
     def _replay(self, index: int, propagate: bool) -> None:
         """Pass a block that an earlier process finished."""
@@ -576,6 +668,7 @@ class Walk:
         record = self.journal.record(index)
         self.block_records.append(BlockRecord.model_validate(record["block"]))
         self.site_records += [SiteRecord.model_validate(s) for s in record["sites"]]
+        self.carry = self.journal.carried(index) or self.carry
         if "dims" in record:
             config: Any = self.model.config
             resize_(module, config.slim, record["dims"])
@@ -649,6 +742,8 @@ class Walk:
             entry = {"block": record.model_dump(), "sites": [s.model_dump() for s in sites]}
             if isinstance(block.module, SlimBlock):
                 entry["dims"] = dims_of(block.module)
+            if self.carry:
+                self.journal.keep_carry(block.index, self.carry)
             self.journal.commit(block.index, block_tensors(block.name, block.module), entry)
         distributed.barrier()
         if isinstance(self.source, Streamed):

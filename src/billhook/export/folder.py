@@ -211,7 +211,8 @@ def _weights(source: Streamed, result: Path, model: nn.Module) -> None:
     originals: Mapping[str, Stored | Packed] = source.checkpoint.tensors
     if source.reshaped:  # names and shapes are the model's own
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        edited = {param: ref for param, ref in source.refs.items() if param not in tied}
+        present = {name for name, _ in model.named_parameters()}  # some may have gone with the parts they belonged to
+        edited = {param: ref for param, ref in source.refs.items() if param in present and param not in tied}
         originals = edited
     entries: dict[str, Entry] = {}
     shards: dict[str, list[str]] = {}  # file of an edited block, or "" for the rest -> keys

@@ -7,6 +7,7 @@ from billhook.methods.magnitude import Magnitude
 from billhook.methods.perp import PERP
 from billhook.methods.ria import RIA
 from billhook.methods.shortgpt import ShortGPT
+from billhook.methods.slicegpt import DynamicSlicing, SliceGPT
 from billhook.methods.sparsegpt import SparseGPT
 from billhook.methods.structured import StructuredMethod
 from billhook.methods.wanda import Wanda
@@ -16,12 +17,14 @@ __all__ = [
     "ICBS",
     "PERP",
     "RIA",
+    "DynamicSlicing",
     "Magnitude",
     "MagnitudeWidths",
     "Method",
     "Paper",
     "RandomWidths",
     "ShortGPT",
+    "SliceGPT",
     "SparseGPT",
     "SparseMethod",
     "StructuredMethod",

@@ -37,6 +37,11 @@ class Method(Declared):
         return self.needs
 
     @property
+    def finishes_outside(self) -> bool:
+        """Whether it edits modules outside the blocks after the last one, again if a run is resumed there."""
+        return False
+
+    @property
     def exact_passes(self) -> bool:
         """Whether rounded calibration passes could cost quality, so that "auto" precision must not round them."""
         return False

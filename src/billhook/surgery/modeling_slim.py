@@ -177,22 +177,18 @@ class SlimBlock(GradientCheckpointingLayer):
         before, between, after = self.stream
         attention = stock.get_submodule(slim["attention"])
         self.layer_idx = getattr(attention, "layer_idx", None)
-        self.self_attn = (
-            SlimAttention(attention, slim, dims["attention"], before, between) if dims["attention"] else None
-        )
+        # in a parallel block the MLP reads and adds to what the attention does
+        entering = before if self.layout == "parallel" else between
+        own, mlp = dims["attention"], dims["mlp"]
         activation = stock.get_submodule(slim["activation"])
-        if dims["mlp"]:
-            # in a parallel block the MLP reads and adds to what the attention does
-            parallel = self.layout == "parallel"
-            self.mlp = SlimMLP(activation, slim, dims["mlp"], before if parallel else between, after)
-        else:
-            self.mlp = None
+        self.register_module("self_attn", SlimAttention(attention, slim, own, before, between) if own else None)
+        self.register_module("mlp", SlimMLP(activation, slim, mlp, entering, after) if mlp else None)
         for name, path in zip(NORMS[self.layout], slim["norms"], strict=False):
             norm = stock.get_submodule(path)
             setattr(self, name, SlimNorm(slim["hidden"], _eps(norm)) if dims["fused"] else norm)
         first, second = dims["adapters"]
-        self.attention_adapter = nn.Linear(before, between, bias=False) if first else None
-        self.mlp_adapter = nn.Linear(between, after, bias=False) if second else None
+        self.register_module("attention_adapter", nn.Linear(before, between, bias=False) if first else None)
+        self.register_module("mlp_adapter", nn.Linear(between, after, bias=False) if second else None)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kwargs.update(zip(self.arguments, args, strict=False))

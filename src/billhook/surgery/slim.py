@@ -83,6 +83,7 @@ def refresh(model: Any) -> None:
         model.config.layer_types = [kinds[i] for i in slim["kept_layers"]]
     name = type(model).__name__
     auto = "AutoModelForCausalLM" if anatomy.input == "input_ids" else "AutoModelForImageClassification"
+    model.config.architectures = [name]
     model.config.auto_map = {auto: f"modeling_slim.{name}"}
 
 
