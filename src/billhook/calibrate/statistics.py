@@ -9,6 +9,8 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from billhook.calibrate import distributed
+
 R = TypeVar("R")
 
 
@@ -90,6 +92,32 @@ class TokenSum(Statistic[Total]):
 
     def result(self) -> Total:
         return Total(self.total, float(self.count))
+
+
+class Tokens(Statistic[Tensor]):
+    """Some of the tokens themselves, float64 [up to 2048, in]: the first 256 of every batch until there are enough.
+
+    Under several processes each fills rows of its own share of the places, so that the sum of all is their union.
+    """
+
+    places = 2048
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.rows = torch.zeros(self.places, width, dtype=torch.float64, device=device)
+        self.filled = torch.zeros(self.places, dtype=torch.float64, device=device)
+        self.sums = [self.rows, self.filled]
+        self._next, self._step = distributed.rank(), distributed.world()
+
+    def update(self, x: Tensor) -> None:
+        free = range(self._next, self.places, self._step)
+        places = list(free)[: min(256, len(x))]
+        self.rows[places] = x[: len(places)].double()
+        self.filled[places] = 1.0
+        self._next += len(places) * self._step
+
+    def result(self) -> Tensor:
+        return self.rows[self.filled > 0]
 
 
 @dataclass(frozen=True)

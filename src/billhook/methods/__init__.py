@@ -1,6 +1,7 @@
 """One file per published method."""
 
 from billhook.methods.base import Method, Paper, SparseMethod, method, methods, register
+from billhook.methods.dotresize import DOTResize
 from billhook.methods.fasp import FASP, MagnitudeWidths, RandomWidths, WandaWidths
 from billhook.methods.icbs import ICBS
 from billhook.methods.magnitude import Magnitude
@@ -17,6 +18,7 @@ __all__ = [
     "ICBS",
     "PERP",
     "RIA",
+    "DOTResize",
     "DynamicSlicing",
     "Magnitude",
     "MagnitudeWidths",

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from billhook.calibrate.influence import block_influence
-from billhook.calibrate.statistics import Covariance
+from billhook.calibrate.statistics import Covariance, Statistic
 from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError
 from billhook.methods.base import Paper, register
@@ -54,10 +54,9 @@ class SliceGPT(StructuredMethod):
         widths = self.widths(walk)
         # what LayerNorms subtract is taken out of the stream at its source, before anything is turned
         centre = rotate.centring(hidden) if anatomy.norm == "layer" else torch.eye(hidden, dtype=torch.float64)
-        covariance = centre @ walk.entering(self._statistic(walk)) @ centre
-        first = centre @ self.basis(covariance, widths[0])
-        walk.entry = first
-        walk.carry = {"basis": self.basis(covariance, widths[0])}
+        basis = self.basis(self.centred(walk.entering(self.statistic(walk)), centre), widths[0])
+        walk.entry = first = centre @ basis
+        walk.carry = {"basis": basis}
 
         for block in walk:
             module: Any = block.module
@@ -71,14 +70,14 @@ class SliceGPT(StructuredMethod):
                     rotate.rotate_input_(reader, before)
             if module.layout == "parallel":
                 self._reach(module, before, hidden)
-                out = self._turn(block.leaving(self._statistic(walk)), after, last, hidden)
+                out = self._turn(block.leaving(self.statistic(walk)), after, last, hidden)
                 for writer in rotate.writers(module):
                     rotate.rotate_output_(writer, out)
                 module.attention_adapter = rotate.adapter(before.T @ out, like)
                 module.stream = (before.shape[1], out.shape[1], out.shape[1])
             else:
                 self._reach(module, before, hidden)
-                middle = self.basis(block.between(self._statistic(walk)), widths[block.index]).to(like.device)
+                middle = self.basis(block.between(self.statistic(walk)), widths[block.index]).to(like.device)
                 if module.self_attn is not None:
                     rotate.rotate_output_(module.self_attn.o_proj, middle)
                 for reader in rotate.readers(module, "mlp"):
@@ -86,7 +85,7 @@ class SliceGPT(StructuredMethod):
                 module.attention_adapter = rotate.adapter(before.T @ middle, like)
                 module.mlp_adapter = rotate.adapter(middle.T, like)
                 module.stream = (before.shape[1], middle.shape[1], hidden)
-                out = self._turn(block.leaving(self._statistic(walk)), after, last, hidden)
+                out = self._turn(block.leaving(self.statistic(walk)), after, last, hidden)
                 if module.mlp is not None:
                     rotate.rotate_output_(module.mlp.down_proj, out)
                 module.mlp_adapter = rotate.adapter(middle.T @ out, like)
@@ -96,9 +95,9 @@ class SliceGPT(StructuredMethod):
         with walk.outside([*anatomy.embeddings, str(anatomy.final_norm), str(anatomy.head)]):
             walk.edited(rotate.rotate_ends_(walk.model, anatomy, first, walk.carry["basis"]))
 
-    def basis(self, covariance: Tensor, width: int) -> Tensor:
-        """The axes of the `width` largest eigenvalues, [hidden, width], float64; descending."""
-        axes: Tensor = torch.linalg.eigh(covariance).eigenvectors.flip(1)
+    def basis(self, signal: Tensor, width: int) -> Tensor:
+        """The axes of the `width` largest eigenvalues of the signal's covariance, [hidden, width], float64."""
+        axes: Tensor = torch.linalg.eigh(signal).eigenvectors.flip(1)
         return axes[:, :width].contiguous()
 
     def widths(self, walk: Walk) -> list[int]:
@@ -179,10 +178,10 @@ class SliceGPT(StructuredMethod):
         """A ratio per block from how much each changes its input."""
         return proportional([1 - s for s in influence], mean, base=mean * 2 / 3)
 
-    def _turn(self, covariance: Tensor, width: int, last: bool, hidden: int) -> Tensor:
+    def _turn(self, signal: Tensor, width: int, last: bool, hidden: int) -> Tensor:
         if last:  # the head reads the stream whole, so its basis is free: the original one
-            return torch.eye(hidden, dtype=torch.float64, device=covariance.device)
-        return self.basis(covariance, width)
+            return torch.eye(hidden, dtype=torch.float64, device=signal.device)
+        return self.basis(signal, width)
 
     def _reach(self, module: Any, before: Tensor, hidden: int) -> None:
         """While its outputs are not turned, the block leads from the sliced stream to the original basis."""
@@ -191,7 +190,12 @@ class SliceGPT(StructuredMethod):
         module.mlp_adapter = None
         module.stream = (before.shape[1], hidden, hidden)
 
-    def _statistic(self, walk: Walk) -> type[Covariance]:
+    def centred(self, signal: Tensor, centre: Tensor) -> Tensor:
+        """The signal of a stream that is multiplied by `centre`, which is symmetric."""
+        return centre.to(signal.device) @ signal @ centre.to(signal.device)
+
+    def statistic(self, walk: Walk) -> type[Statistic[Tensor]]:
+        """What is gathered of the stream at each place: the signal that `basis` reads."""
         return Covariance if self.signal == "raw" else _normed(walk.spec["hidden"])
 
 
