@@ -86,16 +86,23 @@ _LENGTH: int = Job.model_fields["length"].default
 
 def _method_parameters() -> list[inspect.Parameter]:
     """One option per hyperparameter name over all methods."""
-    declared: dict[str, tuple[FieldInfo, list[str], type[Any]]] = {}
+    declared: dict[str, dict[str, FieldInfo]] = {}  # option -> method -> field
     for name, cls in methods().items():
         for option, field in cls.model_fields.items():
-            declared.setdefault(option, (field, [], cls))[1].append(name)
+            declared.setdefault(option, {})[name] = field
     parameters = []
-    for option, (field, owners, _) in declared.items():
-        every = len(owners) == len(methods())
-        kind = _plain_type(field.annotation)
-        flag = f"--{option.replace('_', '-')}"
-        text = (field.description or "") + ("" if every else f" [{', '.join(owners)}]")
+    for option, fields in declared.items():
+        every = len(fields) == len(methods())
+        kind = _plain_type(next(iter(fields.values())).annotation)
+        flag = f"--{option.replace('_', '-')}" + (f"/--no-{option.replace('_', '-')}" if kind is bool else "")
+        meanings: dict[str, list[str]] = {}
+        for name, field in fields.items():
+            meanings.setdefault(field.description or "", []).append(name)
+        one = every and len(meanings) == 1
+        text = " ".join(
+            escape(meaning if one else f"{meaning} [{', '.join(owners)}]")
+            for meaning, owners in sorted(meanings.items(), key=lambda item: -len(item[1]))
+        )
         annotation = Annotated[kind | None, typer.Option(flag, help=text, rich_help_panel="Method options")]  # type: ignore[valid-type]
         parameters.append(
             inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

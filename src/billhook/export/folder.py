@@ -171,8 +171,10 @@ def write_pages(report: Report, result: Path, name: str) -> None:
     (result / "README.md").write_text(model_card(report, name), encoding="utf-8")
 
 
-def save(model: nn.Module, tokenizer: Any, out: str | Path, report: Report, *, force: bool = False) -> Path:
-    """Write a model in memory as a plain Hugging Face folder with its report. Returns the folder.
+def save(
+    model: nn.Module, tokenizer: Any, out: str | Path, report: Report | None = None, *, force: bool = False
+) -> Path:
+    """Write a model in memory as a plain Hugging Face folder, with its report if there is one. Returns the folder.
 
     Raises:
         BillhookError: `out` exists (unless `force`), or the model is still on disk (streamed).
@@ -185,7 +187,8 @@ def save(model: nn.Module, tokenizer: Any, out: str | Path, report: Report, *, f
     result = target.fresh()
     try:
         assemble(model, tokenizer, result)
-        write_pages(report, result, target.out.name)
+        if report is not None:
+            write_pages(report, result, target.out.name)
     except BaseException:
         target.discard()
         raise
