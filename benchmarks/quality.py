@@ -20,6 +20,7 @@ import torch
 import billhook as bh
 from billhook.compare import steps_of
 from billhook.declared import split_outside
+from billhook.report.table import target_text
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt")
 TARGETS = ("0.5", "0.6", "0.7", "2:4", "4:8")
@@ -52,7 +53,8 @@ def main() -> None:
             report = bh.prune(model, steps, list(torch.split(tokens, 4)), precision=arguments.precision)
             seconds, sparsity = time.perf_counter() - start, report.steps[-1].sparsity
         value = bh.perplexity(model, windows)
-        known[key] = {**run, "perplexity": value, "sparsity": sparsity, "seconds": seconds}
+        parameters = sum(p.numel() for p in model.parameters())
+        known[key] = {**run, "perplexity": value, "sparsity": sparsity, "parameters": parameters, "seconds": seconds}
         arguments.out.write_text(json.dumps(known, indent=1))
         print(f"{key}: perplexity {value:.4f}, sparsity {sparsity:.4f}, {seconds:.0f} s", flush=True)
 
@@ -67,7 +69,7 @@ def main() -> None:
                 measure(f"{method} {target} {arguments.precision} {seed}", method=method, target=target, seed=seed)
 
     print(f"\nDense: {known['dense']['perplexity']:.2f}\n")
-    print("| method | " + " | ".join(t if ":" in t else f"{float(t):.0%}" for t in targets) + " |")
+    print("| method | " + " | ".join(target_text(t) for t in targets) + " |")
     print("|---|" + "---|" * len(targets))
     for method in methods:
         cells = []

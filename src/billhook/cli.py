@@ -298,6 +298,9 @@ def compare(
     out: OutOption,
     sparsity: Annotated[str, typer.Option("--sparsity", help="Sparsities, comma-separated.")] = "",
     pattern: Annotated[str, typer.Option("--pattern", help="N:M patterns, comma-separated.")] = "",
+    target_size: Annotated[
+        str, typer.Option("--target-size", help="Fractions of the parameters that stay, comma-separated.")
+    ] = "",
     data: DataOption = _DATA,
     samples: SamplesOption = _SAMPLES,
     length: LengthOption = _LENGTH,
@@ -317,17 +320,23 @@ def compare(
 
     Killed? Run the same command again: finished cells are kept.
 
-    Example: billhook compare demo --methods magnitude,wanda,sparsegpt --sparsity 0.5,0.6 --pattern 2:4 --out out/table
+    Examples:
+
+      billhook compare demo --methods magnitude,wanda,sparsegpt --sparsity 0.5,0.6 --pattern 2:4 --out out/table
+
+      billhook compare demo --methods fasp,slicegpt,shortgpt --target-size 0.9,0.8 --out out/sizes
     """
     _start(quiet, as_json, device)
     from billhook.compare import compare as run_comparison
     from billhook.recipe import job
-    from billhook.report.table import to_markdown
+    from billhook.report.table import SIZE, to_markdown
 
     names = _list(method_names)
-    targets = _list(sparsity) + _list(pattern)
+    targets = _list(sparsity) + _list(pattern) + [f"{SIZE}{_fraction(size)}" for size in _list(target_size)]
     if not names or not targets:
-        raise BillhookError("Nothing to compare: give --methods and --sparsity or --pattern, comma-separated.")
+        raise BillhookError(
+            "Nothing to compare: give --methods and --sparsity, --pattern or --target-size, comma-separated."
+        )
     settings = job(
         model=model,
         out=out,
@@ -541,6 +550,13 @@ def export(
         _print_json({"out": str(target), "format": format_})
     elif not quiet:
         _say(f"Written: {target}")
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise BillhookError(f"{text!r} is not a fraction such as 0.8.") from None
 
 
 # -- helpers ----------------------------------------------------------------------------------------------

@@ -146,6 +146,8 @@ def steps_of(text: str, target: str) -> list[Method]:
     first, *rest = split_outside(text, "+") or [""]
     if ":" in target:
         goal: dict[str, object] = {"pattern": target}
+    elif target.startswith(table.SIZE):
+        goal = {"target_size": float(target.removeprefix(table.SIZE))}
     else:
         try:
             goal = {"sparsity": float(target)}

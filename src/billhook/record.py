@@ -111,6 +111,7 @@ class Report(_Record):
     precision: str = "highest"  # of the steps' calibration passes; "/" between different ones
     processes: int = 1
     storage: str = "dense"
+    modelling: str | None = None  # the file beside the weights that says what the model computes, if it has its own
     fingerprint: str | None = None  # of recipe, model and data: the same command has the same one
     calibration: Calibration | None = None
     steps: list[StepRecord] = Field(default_factory=list)

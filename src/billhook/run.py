@@ -32,6 +32,7 @@ from billhook.models.load import load
 from billhook.models.source import Streamed, dtype_of, source_of
 from billhook.recipe import Job
 from billhook.record import FILE, Calibration, Evaluation, Report, Size, StepRecord
+from billhook.surgery.slim import FILE as MODELLING_FILE
 from billhook.surgery.slim import is_slim, only_renames, settle_, slim_
 from billhook.system import machine, parse_bytes, parse_device, parse_dtype, peak_memory, versions
 
@@ -269,6 +270,7 @@ def _publish(model: nn.Module, tokenizer: Any, report: Report, target: Target, s
         result = target.staging / "result"
         assemble(model, tokenizer, result, storage)
         report.size_after = folder_size(result)
+        report.modelling = MODELLING_FILE if is_slim(model) else None
         _closed(report, start)
         write_pages(report, result, target.out.name)
         target.publish(result)

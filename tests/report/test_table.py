@@ -205,7 +205,7 @@ def test_no_cells(comparison: Comparison, parse: Any) -> None:
             Cell,
             method=st.sampled_from([f"m{i}" for i in range(12)]),
             target=st.sampled_from(["0.5", "0.1", "2:4", "4:8", "inf", "", "<"]),
-            sparsity=st.floats(),
+            sparsity=st.floats(-1, 1) | st.sampled_from([float("nan"), float("inf")]),
             perplexity=st.floats(),
             seconds=st.floats(),
             peak_memory=st.integers(0, 2**62),

@@ -188,6 +188,7 @@ def save(
     try:
         assemble(model, tokenizer, result)
         if report is not None:
+            report.modelling = SLIM_FILE if is_slim(model) else None
             write_pages(report, result, target.out.name)
     except BaseException:
         target.discard()

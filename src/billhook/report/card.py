@@ -85,12 +85,19 @@ def _loading(report: Report, folder_name: str) -> str:
             f"\n\nIt also turns the folder into a plain one:\n\n{code_block(export, 'sh')}"
         )
     classes = _CLASSES.get(report.family, ("AutoModelForCausalLM", "AutoTokenizer"))
+    code = ", trust_remote_code=True" if report.modelling else ""
     load = (
         f"from transformers import {', '.join(classes)}\n\n"
-        f"model = {classes[0]}.from_pretrained({name})\n"
+        f"model = {classes[0]}.from_pretrained({name}{code})\n"
         f"{'tokenizer' if classes[1] == 'AutoTokenizer' else 'processor'} = {classes[1]}.from_pretrained({name})"
     )
-    return f"Plain Transformers loads it, without billhook:\n\n{code_block(load, 'python')}"
+    words = "Plain Transformers loads it, without billhook:"
+    if report.modelling:
+        words = (
+            f"Its widths are none that a stock class has, so `{report.modelling}` beside the weights says what it "
+            "computes (PyTorch and Transformers are all it needs). Read it if you like; then:"
+        )
+    return f"{words}\n\n{code_block(load, 'python')}"
 
 
 def _measured(report: Report) -> list[str]:

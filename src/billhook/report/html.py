@@ -304,7 +304,7 @@ def _step(step: StepRecord, index: int, count: int) -> str:
     if step.sites:
         matrices = count_text(len(step.sites), "matrix", "matrices")
         count_blocks = count_text(len({site.block for site in step.sites}), "block")
-        done = f"{percent_text(step.sparsity)} of the weights in {matrices} ({count_blocks}) are zero."
+        done = f"{percent_text(step.sparsity)} of the weights in {matrices} ({count_blocks}) were removed."
     else:
         done = "No matrix was pruned in this step."
     done += f" The step took {seconds_text(step.seconds)}."

@@ -31,6 +31,8 @@ from billhook.report.text import (
     seconds_text,
 )
 
+SIZE = "size="  # before the fraction of the parameters that stays
+
 
 class Cell(BaseModel):
     """What one method reached at one target."""
@@ -39,7 +41,7 @@ class Cell(BaseModel):
     model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
 
     method: str
-    target: str  # sparsity as a fraction, "0.5", or a pattern, "2:4" (N kept of M)
+    target: str  # sparsity as a fraction, "0.5", a pattern, "2:4" (N kept of M), or "size=0.8"
     sparsity: float  # reached, fraction of weights that are zero in the pruned matrices
     perplexity: float
     seconds: float  # wall time of pruning, without evaluation
@@ -71,9 +73,11 @@ def methods(comparison: Comparison) -> list[str]:
 
 
 def targets(comparison: Comparison) -> list[str]:
-    """The targets, fractions in ascending order before patterns: the columns."""
+    """The targets, fractions in ascending order before patterns before sizes: the columns."""
 
     def order(target: str) -> tuple[int, float, float]:
+        if target.startswith(SIZE):
+            return 2, -float(target.removeprefix(SIZE)), 0.0
         fraction = _fraction(target)
         if fraction is not None:
             return 0, fraction, 0.0
@@ -85,6 +89,8 @@ def targets(comparison: Comparison) -> list[str]:
 
 def target_text(target: str) -> str:
     """A target as a column title: "0.5" is "50%", patterns stay."""
+    if target.startswith(SIZE):
+        return f"{100 * float(target.removeprefix(SIZE)):.6g}% of the size"
     fraction = _fraction(target)
     return target if fraction is None else f"{100 * fraction:.6g}%"
 

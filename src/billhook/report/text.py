@@ -182,7 +182,7 @@ def headline(report: Report) -> list[str]:
     sites = final_sites(report)
     if sites:
         share = percent_text(final_sparsity(report))
-        text += f": {share} of the weights in {count_text(len(sites), 'matrix', 'matrices')} are zero"
+        text += f": {share} of the weights in {count_text(len(sites), 'matrix', 'matrices')} {gone_text(report)}"
     return list(filter(None, [f"{text}.", _perplexity_sentence(report)]))
 
 
@@ -232,10 +232,27 @@ def calibration_text(calibration: Calibration) -> str:
     )
 
 
+def smaller(report: Report) -> bool:
+    """Whether parameters left the model rather than became zero."""
+    return bool(
+        report.size_before and report.size_after and report.size_after.parameters < report.size_before.parameters
+    )
+
+
+def gone_text(report: Report) -> str:
+    """What became of the weights that were removed."""
+    return "are gone" if smaller(report) else "are zero"
+
+
 def storage_text(report: Report) -> str:
     """What the storage means for size and speed; empty where nothing was pruned."""
     if not final_sites(report):
         return ""
+    if report.storage == "dense" and smaller(report):
+        return (
+            "Whole parts were removed: files, memory and work shrink in every runtime that loads the model; "
+            "billhook bench measures by how much."
+        )
     if report.storage == "dense":
         return (
             "Dense storage: removed weights are written as zeros, so the files keep the size of the "
