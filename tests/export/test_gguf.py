@@ -74,6 +74,12 @@ def llama(family: str = "Llama", **options: Any) -> Any:
 
 
 Edit = Callable[[list[Any]], None]
+
+
+def values_removed(blocks: Any) -> None:
+    shrink.keep_values_(blocks[1], torch.arange(8).expand(2, -1))
+
+
 EDITS: dict[str, Edit] = {
     "uniform": lambda blocks: None,
     "neurons": lambda blocks: [shrink.keep_neurons_(b, torch.arange(i, 64 + i * 7)) for i, b in enumerate(blocks)],
@@ -150,6 +156,22 @@ def test_tensors_read_back_equal(edit: str, tmp_path: Path) -> None:
     architecture = fields["general.architecture"]
     assert architecture == report.architecture == ("llama" if edit in ("uniform", "empty block") else "deci")
     assert fields[f"{architecture}.block_count"] == report.layers == (2 if edit == "empty block" else LAYERS)
+
+
+def test_removed_value_channels_are_zeros_in_the_file(tmp_path: Path) -> None:
+    """llama.cpp has one width for keys and values; what is at zero there changes nothing."""
+    model = llama(attention_bias=True)
+    report = export_gguf(
+        folder_of(model, tmp_path / "m", values_removed), tmp_path / "m.gguf", verify=False, kind="f32"
+    )
+    assert any("value channels" in note for note in report.notes)
+    _, tensors = contents(report.path)
+    block = model.model.layers[1].self_attn
+    value, output = (values(tensors[f"blk.1.attn_{name}.weight"]) for name in ("v", "output"))
+    assert torch.equal(value.view(2, 16, -1)[:, :8].flatten(0, 1), block.v_proj.weight)
+    assert not value.view(2, 16, -1)[:, 8:].any()
+    assert torch.equal(output.view(-1, 4, 16)[..., :8].flatten(1), block.o_proj.weight)
+    assert torch.equal(values(tensors["blk.1.attn_v.bias"]).view(2, 16)[:, :8].flatten(), block.v_proj.bias)
 
 
 def test_widths_per_layer(tmp_path: Path) -> None:
@@ -251,13 +273,15 @@ LLAMA3 = {
         ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, None),
         ("Llama", {"rope_parameters": LLAMA3}, "neurons"),
         ("Llama", {"tie_word_embeddings": False, "head_dim": 32}, None),
+        ("Llama", {"attention_bias": True}, "values"),
         ("Mistral", {"sliding_window": 64}, None),
         ("Mistral", {"sliding_window": None}, "no attention"),
     ],
 )
 def test_llamacpp_agrees_on_variants(family: str, options: dict[str, Any], edit: str | None, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    folder = folder_of(llama(family, **options), tmp_path / "m", EDITS[edit] if edit else None)
+    edits = {**EDITS, "values": values_removed}
+    folder = folder_of(llama(family, **options), tmp_path / "m", edits[edit] if edit else None)
     report = export_gguf(folder, tmp_path / "m.gguf", kind="f32")
     assert report.check is not None
     assert report.check.agreement is not None
@@ -376,7 +400,6 @@ def test_a_file_that_llamacpp_refuses(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda b: shrink.keep_values_(b[1], torch.arange(8).expand(2, -1)), "layer 1 has 8 value channels"),
         (lambda b: shrink.keep_pairs_(b[2], torch.arange(4).expand(2, -1)), "layer 2 has rotary pairs removed"),
         (lambda b: shrink.keep_heads_(b[0], torch.tensor([0, 1, 2])), "layer 0 has key/value heads that unequal"),
     ],

@@ -141,6 +141,7 @@ class _Layer:
     neurons: int
     empty_attention: bool = False
     empty_mlp: bool = False
+    values: int | None = None  # value channels per head, where they are fewer than the file has
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,8 @@ def _layers(model: Any, folder: Path) -> tuple[list[_Layer], list[int]]:
         filler = 0 if layers else 1
         heads, kv_heads = (attention["heads"], attention["kv_heads"]) if attention else (filler, filler)
         neurons = mlp["width"] if mlp else _FILLER
-        layers.append(_Layer(index, heads, kv_heads, neurons, empty_attention=not attention, empty_mlp=not mlp))
+        values = attention["v"] if attention and attention["v"] < slim["rotary_dim"] else None
+        layers.append(_Layer(index, heads, kv_heads, neurons, not attention, not mlp, values))
     if not layers:
         raise BillhookError(f"No layer of {folder} has attention or an MLP: there is nothing to export.")
     return layers, left_out
@@ -301,8 +303,7 @@ def _refuse_layer(folder: Path, index: int, dims: dict[str, Any], hidden: int, h
         raise _cannot(folder, where, "normalises its queries and keys")
     if attention["qk"] != head:
         raise _cannot(folder, where, f"has {attention['qk']} query/key channels per head, of which {head} rotate")
-    if attention["v"] != head:
-        # Tried: llama.cpp's `llama` and `deci` both stop where value_length is not key_length.
+    if attention["v"] > head:
         raise _cannot(folder, where, f"has {attention['v']} value channels per head but {head} query/key channels")
 
 
@@ -319,6 +320,13 @@ def _notes(model: Any, layers: list[_Layer], left_out: list[int], entries: list[
     filled = [layer.block for layer in layers if layer.empty_mlp]
     if filled:
         notes.append(f"Layers without MLP have an MLP of {_FILLER} zero neurons in the file: {_numbers(filled)}.")
+    padded = [layer.block for layer in layers if layer.values is not None]
+    if padded:
+        # Tried: llama.cpp's `llama` and `deci` both stop where value_length is not key_length.
+        notes.append(
+            "llama.cpp wants as many value channels per head as key channels: those that were removed are zeros in "
+            f"the file, in {len(padded)} layer(s)."
+        )
     wide = [e for e in entries if kind == "q8_0" and e.kind == "f16"]
     if wide:
         others = f" and {len(wide) - 1} more" if len(wide) > 1 else ""
@@ -351,9 +359,13 @@ def _entries(model: Any, source: Streamed, layers: list[_Layer], kind: str) -> I
     config = model.config
     size, hidden = _head_size(config), int(config.hidden_size)
 
-    def entry(name: str, parameter: str, heads: int = 0) -> _Entry:
+    def entry(name: str, parameter: str, heads: int = 0, pad: tuple[int, int] | None = None) -> _Entry:
         ref = refs[parameter]
-        return _Entry(name, ref.shape, _kind(ref.shape, kind), lambda: _read(ref, heads), parameter)
+        if pad is None:
+            return _Entry(name, ref.shape, _kind(ref.shape, kind), lambda: _read(ref, heads), parameter)
+        axis = 1 if name.endswith("attn_output.weight") else 0
+        shape = tuple(pad[0] * size if i == axis else n for i, n in enumerate(ref.shape))
+        return _Entry(name, shape, _kind(shape, kind), lambda: _padded(_read(ref, 0), axis, *pad, size), parameter)
 
     def zeros(name: str, shape: tuple[int, ...]) -> _Entry:
         return _Entry(name, shape, _kind(shape, kind), lambda: torch.zeros(shape), "zeros for a part that is absent")
@@ -376,9 +388,13 @@ def _entries(model: Any, source: Streamed, layers: list[_Layer], kind: str) -> I
                 if layer.empty_attention:
                     yield zeros(f"{own}.{name}.weight", shape)
                     continue
+                pad = None
+                if layer.values is not None and path in ("v_proj", "o_proj"):
+                    pad = (layer.kv_heads if path == "v_proj" else layer.heads, layer.values)
                 for leaf in ("weight", "bias"):
                     if f"{stock}.self_attn.{path}.{leaf}" in refs:
-                        yield entry(f"{own}.{name}.{leaf}", f"{stock}.self_attn.{path}.{leaf}", heads)
+                        inner = None if (path, leaf) == ("o_proj", "bias") else pad
+                        yield entry(f"{own}.{name}.{leaf}", f"{stock}.self_attn.{path}.{leaf}", heads, inner)
         yield entry(f"{own}.ffn_norm.weight", f"{stock}.post_attention_layernorm.weight")
         for name, path in (("ffn_gate", "gate_proj"), ("ffn_up", "up_proj"), ("ffn_down", "down_proj")):
             if layer.empty_mlp:
@@ -406,6 +422,15 @@ def _read(ref: Stored | Packed, heads: int) -> Tensor:
     if not heads:
         return tensor
     return tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def _padded(tensor: Tensor, axis: int, heads: int, width: int, size: int) -> Tensor:
+    """A tensor with `heads` times `width` channels along `axis`, each head filled up with zeros to `size`."""
+    shape = list(tensor.shape)
+    split = tensor.view(*shape[:axis], heads, width, *shape[axis + 1 :])
+    result = split.new_zeros(*shape[:axis], heads, size, *shape[axis + 1 :])
+    result.narrow(axis + 1, 0, width).copy_(split)
+    return result.reshape(*shape[:axis], heads * size, *shape[axis + 1 :])
 
 
 def _rotary_factors(model: Any, size: int) -> Tensor | None:
