@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -526,9 +527,20 @@ def inspect_(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that billhook wrote.")],
-    format_: Annotated[Literal["hf"], typer.Option("--format", help="hf: plain dense safetensors.")] = "hf",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default DIR-hf.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model folder.")],
+    format_: Annotated[
+        Literal["hf", "gguf", "onnx"],
+        typer.Option("--format", help="hf: plain dense safetensors; gguf: for llama.cpp; onnx: for ONNX Runtime."),
+    ] = "hf",
+    quantize: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"], typer.Option("--quantize", help="Number format of a GGUF file.")
+    ] = "f16",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="What to write; default DIR-hf, DIR-f16.gguf or DIR-onnx.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Load the product in its runtime and compare before success.")
+    ] = True,
     force: ForceOption = False,
     seed: SeedIgnored = 0,
     device: DeviceIgnored = "auto",
@@ -536,18 +548,46 @@ def export(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Turn a folder in compressed storage back into a plain Hugging Face folder.
+    """Turn a model folder into what another runtime loads, and try it there before saying success.
 
-    Example: billhook export out/w24 --format hf
+    Examples:
+
+      billhook export out/w24 --format hf                  # from compressed storage back to plain weights
+
+      billhook export out/f --format gguf                  # runs in llama.cpp
+
+      billhook export out/f --format gguf --quantize q8_0
+
+      billhook export out/s --format onnx                  # runs in ONNX Runtime
     """
-    from billhook.run import export_plain
-
     _hush(quiet)
     place = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
-    target = out or place.with_name(place.name + "-hf")
-    export_plain(folder, target, force=force)
+    told: dict[str, Any] = {"format": format_}
+    if format_ == "gguf":
+        from billhook.export.gguf import export_gguf
+
+        target = out or place.with_name(f"{place.name}-{quantize}.gguf")
+        written = export_gguf(folder, target, kind=quantize, force=force, verify=verify)
+        told |= {"architecture": written.architecture, "bytes": written.nbytes, "notes": written.notes}
+        if written.check is not None:
+            told["check"] = dataclasses.asdict(written.check)
+            agreed = written.check.agreement
+            if not as_json and not quiet and agreed is not None:
+                _say(f"llama.cpp ({written.architecture}) agrees on {agreed:.0%} of {written.check.tokens} tokens.")
+        for note in [] if as_json or quiet else written.notes:
+            _say(note)
+    elif format_ == "onnx":
+        from billhook.export.onnx import export_onnx
+
+        target = out or place.with_name(place.name + "-onnx")
+        export_onnx(folder, target, force=force)
+    else:
+        from billhook.run import export_plain
+
+        target = out or place.with_name(place.name + "-hf")
+        export_plain(folder, target, force=force)
     if as_json:
-        _print_json({"out": str(target), "format": format_})
+        _print_json({"out": str(target), **told})
     elif not quiet:
         _say(f"Written: {target}")
 
