@@ -526,6 +526,56 @@ def inspect_(
 
 
 @app.command()
+def bench(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Models to time; speed-ups are over the first.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for CSV, HTML and plot.")] = None,
+    prompt: Annotated[int, typer.Option("--prompt", help="Tokens of the prompt (prefill).")] = 512,
+    decode: Annotated[int, typer.Option("--decode", help="Tokens generated after it.")] = 128,
+    repeats: Annotated[int, typer.Option("--repeats", help="Rounds; the models take turns in each.")] = 5,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads; default: torch's choice.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
+    seed: SeedOption = 0,
+    device: DeviceIgnored = "auto",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure how fast, how large and how hungry models are on this machine, taking turns.
+
+    Examples:
+
+      billhook bench demo out/f out/s
+
+      billhook bench demo out/f --dtype bfloat16 --threads 2 --out out/speed
+    """
+    _start(quiet, as_json, device)
+    from billhook.bench import bench as run_bench
+    from billhook.report.bench import notes, to_rich
+
+    result = run_bench(
+        models,
+        out=out,
+        prompt=prompt,
+        decode=decode,
+        repeats=repeats,
+        dtype=dtype,
+        threads=threads,
+        seed=seed,
+        force=force,
+    )
+    if as_json:
+        _print_json(json.loads(result.model_dump_json()))
+    elif not quiet:
+        _out.print(to_rich(result))
+        for note in notes(result):
+            _say(note)
+        if out is not None:
+            _say(f"Written: {out / 'index.html'}")
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model folder.")],
     format_: Annotated[
@@ -538,6 +588,9 @@ def export(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="What to write; default DIR-hf, DIR-f16.gguf or DIR-onnx.")
     ] = None,
+    onnx_cache: Annotated[
+        bool, typer.Option("--onnx-cache", help="Give the ONNX graph a key/value cache, for generation.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Load the product in its runtime and compare before success.")
     ] = True,
@@ -580,7 +633,8 @@ def export(
         from billhook.export.onnx import export_onnx
 
         target = out or place.with_name(place.name + "-onnx")
-        export_onnx(folder, target, force=force)
+        product = export_onnx(folder, target, cache=onnx_cache, force=force)
+        told |= {"bytes": product.nbytes, "difference": product.difference, "inputs": product.inputs}
     else:
         from billhook.run import export_plain
 

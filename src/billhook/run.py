@@ -231,10 +231,19 @@ def run_steps(
 
 
 def reshape(model: nn.Module) -> None:
-    """Give a model slim blocks, for methods that remove whole parts."""
-    renamed = slim_(model)
+    """Give a model slim blocks, for methods that remove whole parts.
+
+    Raises:
+        BillhookError: the model is streamed, and its matrices would have to be taken apart first.
+    """
     source = source_of(model)
-    if renamed and isinstance(source, Streamed):
+    if isinstance(source, Streamed) and not is_slim(model) and not only_renames(anatomy_of(model)):
+        raise BillhookError(
+            f"{type(model).__name__} stores several matrices as one, so to remove parts it has to be in memory: open "
+            "it with bh.load(name), without stream."
+        )
+    renamed = slim_(model)
+    if isinstance(source, Streamed):  # also where nothing gets another name: widths are going to change
         source.rename(renamed)
 
 
@@ -252,9 +261,20 @@ def _precision(method: Method, options: Options) -> Precision:
 
 
 def _originals(model: nn.Module, steps: Sequence[Method], options: Options) -> Callable[[str], Tensor] | None:
-    """Where later steps find the weights as they were before the first; None where none of them asks."""
+    """Where later steps find the weights as they were before the first; None where none of them asks.
+
+    Raises:
+        BillhookError: one asks, and by then the blocks have other shapes.
+    """
     if not any(method.wants_original for method in steps[1:]):
         return None
+    narrowed = next((number for number, method in enumerate(steps) if method.reshapes), len(steps))
+    late = next((method for method in steps[narrowed + 1 :] if method.wants_original), None)
+    if late is not None:
+        raise BillhookError(
+            f"{late.title} compares blocks with those from before the run, and {steps[narrowed].title} gives them "
+            "other shapes: choose options of it that look at the loss of the model, such as objective=global."
+        )
     source = source_of(model)
     if isinstance(source, Streamed):
         refs, dtype = dict(source.refs), source.dtype

@@ -20,7 +20,7 @@ from billhook.record import FILE, Report
 from billhook.report.card import model_card
 from billhook.report.html import page
 from billhook.surgery.slim import FILE as SLIM_FILE
-from billhook.surgery.slim import is_slim, modelling_file
+from billhook.surgery.slim import is_slim, modelling_file, refresh
 
 _SINGLE_FILE_LIMIT = 5_000_000_000
 _COMPANIONS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
@@ -142,6 +142,8 @@ def assemble(model: nn.Module, tokenizer: Any, result: Path, storage: str = "den
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir(parents=True)
     source = source_of(model)
+    if is_slim(model):
+        refresh(model)
     if isinstance(source, Streamed):
         _companions(source, result)
         _weights(source, result, model)

@@ -5,6 +5,7 @@ from billhook.methods.dotresize import DOTResize
 from billhook.methods.fasp import FASP, MagnitudeWidths, RandomWidths, WandaWidths
 from billhook.methods.icbs import ICBS
 from billhook.methods.magnitude import Magnitude
+from billhook.methods.modegpt import MoDeGPT
 from billhook.methods.perp import PERP
 from billhook.methods.ria import RIA
 from billhook.methods.shortgpt import ShortGPT
@@ -23,6 +24,7 @@ __all__ = [
     "Magnitude",
     "MagnitudeWidths",
     "Method",
+    "MoDeGPT",
     "Paper",
     "RandomWidths",
     "ShortGPT",

@@ -66,7 +66,9 @@ class SparseMethod(Method):
         None, ge=0, lt=1, description="Fraction of the weights removed; 0.5 unless given or implied by N:M."
     )
     density: float | None = Field(None, gt=0, le=1, description="Fraction of the weights kept, instead of sparsity.")
-    pattern: str = Field("unstructured", description="unstructured, or N:M, which keeps N of every M consecutive inputs.")
+    pattern: str = Field(
+        "unstructured", description="unstructured, or N:M, which keeps N of every M consecutive inputs."
+    )
     scope: Scope = Field("row", description="Weights compete within an output row (row) or a whole matrix (layer).")
     allocation: str = Field("uniform", description="How sparsity is shared out: uniform, owl, ecoflap.")
     refine: str = Field("none", description="How the mask is improved before it is applied: none, dsnot.")

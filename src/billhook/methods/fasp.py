@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from billhook.anatomy import Site
 from billhook.calibrate.gram import Gram
 from billhook.calibrate.walk import Block, Needs, Walk
 from billhook.errors import BillhookError
@@ -15,7 +16,8 @@ from billhook.methods.base import Paper, register
 from billhook.methods.structured import StructuredMethod, random_scores
 from billhook.sparsity.refit import refit
 from billhook.sparsity.structure import column_scores, rounded, strongest
-from billhook.surgery.shrink import keep_kv_heads_, keep_neurons_, keep_values_, owners, value_slices
+from billhook.surgery.shrink import fold_value_bias_, keep_kv_heads_, keep_neurons_, keep_values_, owners, value_slices
+from billhook.surgery.slim import heads_may_leave
 
 
 @register("fasp")
@@ -44,58 +46,71 @@ class FASP(StructuredMethod):
         "values", description="Remove value channels, as many per head; whole KV groups with their queries; or nothing."
     )
     uniform: bool = Field(
-        False, description="Same widths in every layer, of a kind that stock configurations have: KV groups, neurons."
+        False,
+        description="Same widths in every layer, such as a stock configuration has: neurons, and KV groups if asked.",
     )
 
     draw: int = Field(0, ge=0, description="Seed of score=random.")
 
+    @model_validator(mode="after")
+    def _same_everywhere(self) -> FASP:
+        if self.uniform and self.sharing != "uniform":
+            raise ValueError("uniform=true wants the same widths in every layer: leave sharing at uniform")
+        return self
+
+    @property
+    def requires(self) -> Needs:
+        return "calibration" if self._needs_data or self.sharing != "uniform" else "nothing"
+
     def prune(self, walk: Walk) -> None:
-        ratios = self.ratios(walk)
-        if self.uniform and len(set(ratios)) > 1:
-            raise BillhookError("uniform=true wants the same widths in every layer: leave sharing at uniform.")
+        mode = self._mode(walk)
+        widths = [self._widths(b, r, mode) for b, r in zip(walk.blocks, self.ratios(walk), strict=True)]
         for block in walk:
-            width = self._widths(block.module, ratios[block.index])
+            width, module = widths[block.index], _slim(block)
+            attention, mlp = module.self_attn, module.mlp
             values, output = width.get("values"), self.site(block, "self_attn.o_proj")
             groups, down = width.get("groups"), self.site(block, "mlp.down_proj")
-            if output is not None and (values or groups):
-                gram = block.collect(Gram, [output])[output].matrix if self._needs_data else None
-                if values:
-                    self._cut_values(block, gram, values)
-                elif groups:
-                    self._cut_groups(block, gram, groups)
-            if down is not None:
-                gram = block.collect(Gram, [down])[down].matrix if self._needs_data else None
-                self._cut_neurons(block, gram, width["neurons"])
+            if output is not None and values and values < attention.v:
+                fold_value_bias_(attention)  # before the inputs are looked at: what it moves away is in them
+                self._cut_values(block, self._gram(block, output), values)
+            elif output is not None and groups and groups < attention.kv_heads:
+                self._cut_groups(block, self._gram(block, output), groups)
+            if down is not None and width["neurons"] < mlp.down_proj.in_features:
+                self._cut_neurons(block, self._gram(block, down), width["neurons"])
+
+    def _gram(self, block: Block, site: Site) -> Tensor | None:
+        return block.collect(Gram, [site])[site].matrix if self._needs_data else None
 
     @property
     def _needs_data(self) -> bool:
         return self.restore or self.score == "wanda"
 
     def check(self, walk: Walk) -> None:
+        ratio, mode = self.overall(walk), self._mode(walk)
         for block in walk.blocks:
-            self._widths(block, self.overall(walk))
+            self._widths(block, ratio, mode)
 
-    def _widths(self, block: Any, ratio: float) -> dict[str, int]:
+    def _mode(self, walk: Walk) -> str:
+        """What leaves of the attention. Where it has to be uniform, only what a stock configuration can say."""
+        if not self.uniform:
+            return self.attention
+        # no stock class has fewer value channels; on the demo model leaving them whole costs less than whole groups
+        return "groups" if self.attention == "groups" and heads_may_leave(walk.model) else "skip"
+
+    def _widths(self, block: Any, ratio: float, mode: str) -> dict[str, int]:
         """How many value channels per head or KV groups, and how many neurons stay, to remove `ratio` of the block.
 
         Raises:
             BillhookError: what may be removed is less than what is asked.
         """
-        total = sum(p.numel() for p in block.parameters())
-        mode = "groups" if self.uniform and self.attention == "values" else self.attention
         attention, mlp = block.self_attn, block.mlp
-        budget = ratio * total
         result: dict[str, int] = {}
-        neuron = 0
-        if mlp is not None:
-            neuron = sum(p.numel() for n, p in mlp.named_parameters() if n != "down_proj.bias")
         if attention is None:
             mode = "skip"
-        pair = 0
-        if mode == "values":
-            pair = attention.v_proj.weight.numel() + attention.o_proj.weight.numel()
-        elif mode == "groups":
-            pair = sum(p.numel() for n, p in attention.named_parameters() if n != "o_proj.bias" and "norm" not in n)
+            if mlp is None:
+                return result
+        total, pair, neuron = _removable(block, mode)
+        budget = ratio * total
         share = budget / max(neuron + pair, 1)  # s' = s·P_block / P_prunable: what stays whole counts too
         if share >= 1:
             raise BillhookError(
@@ -103,10 +118,15 @@ class FASP(StructuredMethod):
                 "the sparsity, or let the method remove more kinds of parts."
             )
         if mode == "values":
-            result["values"] = rounded(attention.v * (1 - share), min(self.round, 8), attention.v)
+            step = min(self.round, 8)
+            result["values"] = rounded(attention.v * (1 - share), step, attention.v)
+            while pair * (1 - result["values"] / attention.v) > budget:  # rounded down by more than neurons make up
+                result["values"] = min(result["values"] + step, attention.v)
             budget -= pair * (1 - result["values"] / attention.v)
         elif mode == "groups":
             result["groups"] = max(1, round(attention.kv_heads * (1 - share)))
+            while pair * (1 - result["groups"] / attention.kv_heads) > budget:
+                result["groups"] += 1
             budget -= pair * (1 - result["groups"] / attention.kv_heads)
         if mlp is not None:
             size = mlp.down_proj.in_features
@@ -115,6 +135,15 @@ class FASP(StructuredMethod):
                 raise BillhookError(f"{ratio:.0%} of a block would leave no neurons: lower the sparsity.")
             result["neurons"] = rounded(left, self.round, size)
         return result
+
+    def most(self, walk: Walk) -> float:
+        mode = self._mode(walk)
+        shares = []
+        for block in walk.blocks:
+            total, pair, neuron = _removable(block, mode)
+            if pair + neuron:
+                shares.append((pair + neuron) / total)
+        return 0.95 * min(shares, default=1.0)  # something of each has to stay
 
     def _scores(self, block: Block, weight: Tensor, gram: Tensor | None) -> Tensor:
         if self.score == "random":
@@ -131,7 +160,6 @@ class FASP(StructuredMethod):
 
     def _cut_values(self, block: Block, gram: Tensor | None, count: int) -> None:
         attention = _slim(block).self_attn
-        _fold_value_bias(attention)
         scores = self._scores(block, attention.o_proj.weight, gram).view(attention.heads, attention.v)
         owner = torch.tensor(owners(attention), device=scores.device)
         grouped = scores.new_zeros(attention.kv_heads, attention.v).index_add_(0, owner, scores)
@@ -155,6 +183,19 @@ class FASP(StructuredMethod):
         _write(attention.o_proj, new)
 
 
+def _removable(block: Any, mode: str) -> tuple[int, int, int]:
+    """Parameters of a block, and how many of them are in the parts of attention and in the neurons that may go."""
+    attention, mlp = block.self_attn, block.mlp
+    pair = neuron = 0
+    if mlp is not None:
+        neuron = sum(p.numel() for n, p in mlp.named_parameters() if n != "down_proj.bias")
+    if attention is not None and mode == "values":
+        pair = attention.v_proj.weight.numel() + attention.o_proj.weight.numel()
+    elif attention is not None and mode == "groups":
+        pair = sum(p.numel() for n, p in attention.named_parameters() if n != "o_proj.bias" and "norm" not in n)
+    return sum(p.numel() for p in block.parameters()), pair, neuron
+
+
 def _slim(block: Block) -> Any:
     return block.module
 
@@ -162,17 +203,6 @@ def _slim(block: Block) -> Any:
 def _write(linear: nn.Linear, weight: Tensor | None) -> None:
     if weight is not None:
         linear.weight.data.copy_(weight.to(linear.weight.dtype))
-
-
-def _fold_value_bias(attention: Any) -> None:
-    """Attention rows sum to one, so a value bias reaches every token as the constant W_O b_V: put it there."""
-    bias = attention.v_proj.bias
-    if bias is None or attention.o_proj.bias is None:
-        return
-    owner = torch.tensor(owners(attention), device=bias.device)
-    spread = bias.data.view(attention.kv_heads, attention.v)[owner].flatten()
-    attention.o_proj.bias.data += (attention.o_proj.weight.data.double() @ spread.double()).to(bias.dtype)
-    bias.data.zero_()
 
 
 @register("magnitude-widths")
@@ -183,10 +213,6 @@ class MagnitudeWidths(FASP):
     when = "A baseline that needs no data."
     score: Literal["wanda", "magnitude", "random"] = Field("magnitude", description="What ranks channels.")
     restore: bool = Field(False, description="Refit the second matrix of each pair on the channels that stay.")
-
-    @property
-    def requires(self) -> Needs:
-        return "calibration" if self._needs_data or self.sharing != "uniform" else "nothing"
 
 
 @register("wanda-widths")

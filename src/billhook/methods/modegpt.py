@@ -22,10 +22,19 @@ from billhook.methods.structured import Sharing, StructuredMethod
 from billhook.sparsity.lowrank import balanced, fewer_channels
 from billhook.sparsity.refit import refit
 from billhook.sparsity.structure import entropic, output_energy, ridge_leverage, rounded, strongest
-from billhook.surgery.shrink import keep_channels_, keep_neurons_, keep_pairs_, keep_values_, owners, rotary_pairs
+from billhook.surgery.shrink import (
+    fold_value_bias_,
+    keep_channels_,
+    keep_neurons_,
+    keep_pairs_,
+    keep_values_,
+    owners,
+    rotary_pairs,
+)
 
 MODULES = ("mlp", "qk", "vo")
 _ATTENTION, _MLP = "self_attn.q_proj", "mlp.down_proj"  # the sites whose inputs are looked at
+_TOKENS = 8  # per neuron, from which a refit is trusted
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,11 @@ class MoDeGPT(StructuredMethod):
                 if "vo" in width:
                     self._narrow_values(block, inputs.gram, width["vo"])
             if "mlp" in width:
-                self._narrow_mlp(block, seen(_MLP).gram, width["mlp"])
+                inputs = seen(_MLP)
+                note = _too_few(inputs)
+                if note and note not in walk.notes:
+                    walk.notes.append(note)
+                self._narrow_mlp(block, inputs.gram, width["mlp"])
 
     # -- the three modules ---------------------------------------------------------------------------------
 
@@ -163,8 +176,7 @@ class MoDeGPT(StructuredMethod):
         readers = outputs.new_zeros(outputs.shape[0], attention.heads, count)
         for t, value in enumerate(values):
             group = (owner == t).nonzero().flatten().to(outputs.device)
-            output = outputs[:, group].transpose(1, 2)  # [out, width, g]
-            stacked = output.transpose(1, 2).reshape(-1, width)  # the group's heads read the same values
+            stacked = outputs[:, group].reshape(-1, width)  # [out·g, width]: the group's heads read the same values
             best_for = None if self.gqa_vo == "value" and len(group) > 1 else stacked
             encode, decode = fewer_channels(value @ gram @ value.T, best_for, count, self.damping)
             writer, reader = balanced(encode @ value, stacked @ decode)
@@ -264,20 +276,15 @@ class MoDeGPT(StructuredMethod):
         return {n: Seen(grams[site].matrix, block.gathered(TokenSum, site)) for n, site in sites.items()}
 
 
-def fold_value_bias_(attention: Any) -> None:
-    """Attention rows sum to one, so a value bias reaches every token as the constant W_O b_V: put it there, exactly.
-
-    The output projection is given a bias where it has none. The value's own stays, at zero, so that the block keeps
-    its parameters' names.
-    """
-    bias, output = attention.v_proj.bias, attention.o_proj
-    if bias is None or not bool(bias.any()):
-        return
-    spread = bias.data.view(attention.kv_heads, attention.v)[torch.tensor(owners(attention), device=bias.device)]
-    if output.bias is None:
-        output.bias = nn.Parameter(output.weight.new_zeros(output.out_features), output.weight.requires_grad)
-    output.bias.data.add_(output.weight.data.double() @ spread.flatten().double())
-    bias.data.zero_()
+def _too_few(inputs: Seen) -> str | None:
+    """What to say where a refit on so few tokens follows their noise."""
+    tokens, width = inputs.total.tokens, len(inputs.gram)
+    if tokens >= _TOKENS * width:
+        return None
+    return (
+        f"{tokens:.0f} calibration tokens are fewer than {_TOKENS} for each of {width} neurons: give more, or raise "
+        "ridge and damping."
+    )
 
 
 def _slim(block: Block) -> Any:

@@ -30,7 +30,8 @@ class ShortGPT(StructuredMethod):
 
     def _count(self, walk: Walk) -> int:
         blocks = len(walk.blocks)
-        count = round(self.overall(walk) * blocks)
+        ratio = self.overall(walk)
+        count = round(ratio * blocks)
         if count >= blocks:
-            raise BillhookError(f"{self.sparsity:.0%} of {blocks} blocks would leave none: lower the sparsity.")
+            raise BillhookError(f"{ratio:.0%} of {blocks} blocks would leave none: lower the sparsity.")
         return count

@@ -39,9 +39,16 @@ class StructuredMethod(Method):
         if self.sharing == "uniform" or mean == 0:
             return [mean] * count
         scores = block_influence(walk)
+        most = self.most(walk)
+        if mean >= most:  # what cannot be shared out unevenly is refused, or done, evenly
+            return [mean] * count
         if self.sharing == "influence":
-            return entropic(scores, mean)
-        return proportional([1 - s for s in scores], mean, base=mean * 2 / 3)
+            return entropic(scores, mean, cap=min(0.85, most))
+        return proportional([1 - s for s in scores], mean, base=mean * 2 / 3, cap=min(0.9, most))
+
+    def most(self, walk: Walk) -> float:
+        """The largest fraction that any block can lose."""
+        return 1.0
 
     def overall(self, walk: Walk) -> float:
         """The fraction of the blocks' parameters to remove.
@@ -52,7 +59,10 @@ class StructuredMethod(Method):
         if self.target_size is None:
             return self.sparsity
         blocks = sum(p.numel() for block in walk.blocks for p in block.parameters())
-        total = sum(p.numel() for p in walk.model.parameters())
+        tied: dict[str, str] = getattr(walk.model, "all_tied_weights_keys", None) or {}
+        # streaming may have taken the two names of a tied parameter apart
+        counts = {tied.get(name, name): p.numel() for name, p in walk.model.named_parameters(remove_duplicate=False)}
+        total = sum(counts.values())
         ratio = (1 - self.target_size) * total / blocks
         if ratio >= 1:
             raise BillhookError(

@@ -84,7 +84,7 @@ class Bench(BaseModel):
     decode: int
     repeats: int
     dtype: str
-    threads: int | None = None
+    threads: int
     seed: int = 0
     machine: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
@@ -96,10 +96,11 @@ class Bench(BaseModel):
 def protocol(result: Bench) -> str:
     """How it was measured, in sentences."""
     turns = "The models took turns in every round. " if len(result.models) > 1 else ""
-    threads = f" {count_text(result.threads, 'thread')}." if result.threads else ""
+    threads = f" {count_text(result.threads, 'thread')}."
+    own = " (GGUF files in their own)" if any(one.runtime != "PyTorch" for one in result.models) else ""
     return (
         f"One sequence: a prompt of {count_text(result.prompt, 'random token')}, then "
-        f"{count_text(result.decode, 'token')} written greedily with the cache; weights in {result.dtype}. "
+        f"{count_text(result.decode, 'token')} written greedily with the cache; weights in {result.dtype}{own}. "
         f"{turns}Medians of {count_text(result.repeats, 'round')} after one that warms up.{threads}"
     )
 
@@ -237,34 +238,30 @@ def to_html(result: Bench) -> str:
         *(f'<p class="alert">{escape(note)}</p>' for note in notes(result)),
         "</header>",
         "<main>",
-        _section("Speed", [[r[i] for i in (0, 1, 2, 3, 4)] for r in rows], [head[i] for i in (0, 1, 2, 3, 4)])
-        + f'<p class="note">Median (lowest–highest). {escape(_SPEED_WORDS)}</p>',
+        _section("Speed", rows, head, [0, 1, 2, 3, 4], f"Median (lowest–highest). {_SPEED_WORDS}"),
     ]
     if len(result.models) > 1:
-        columns = [0, 10, 11, 12, 13]
         plots = "\n".join(
             f'<div class="{name}">{plot_svg(result, width, page=True)}</div>'
             for name, width in (("broad", 760), ("narrow", 380))
         )
         parts += [
-            _section(f"Speed-up over {first}", [[r[i] for i in columns] for r in rows], [head[i] for i in columns]),
-            f'<p class="note">{escape(_SHARE_WORDS)}</p>',
+            _section(f"Speed-up over {first}", rows, head, [0, 10, 11, 12, 13], _SHARE_WORDS),
             "<figure>\n<figcaption><h3>Speed-up over size on disk</h3>"
             f"<p>Filled: prefill. Open: decoding. The dashed line is the speed of {escape(first)}.</p></figcaption>\n"
             f"{plots}\n</figure>",
         ]
-    columns = [0, 5, 6, 7, 8, 9]
     settings = [
         ("Prompt", count_text(result.prompt, "token")),
         ("Written", count_text(result.decode, "token")),
         ("Rounds", str(result.repeats)),
         ("Weights", result.dtype),
+        ("Threads", str(result.threads)),
         ("Seed", str(result.seed)),
         *((f"{one.model} runs in", one.runtime) for one in result.models),
     ]
     parts += [
-        _section("Size", [[r[i] for i in columns] for r in rows], [head[i] for i in columns]),
-        f'<p class="note">{escape(_SIZE_WORDS)}</p>',
+        _section("Size", rows, head, [0, 5, 6, 7, 8, 9], _SIZE_WORDS),
         f'<section>\n<h2>How it was measured</h2>\n<div class="pair">\n{group("Protocol", facts(settings))}\n'
         f"{machine_groups(result.machine, result.versions)}\n</div>\n</section>",
         "</main>",
@@ -284,8 +281,12 @@ _SIZE_WORDS = (
 )
 
 
-def _section(title: str, rows: list[list[str]], head: list[str]) -> str:
-    return f'<section>\n<h2>{escape(title)}</h2>\n<div class="wide">{table(head, rows, "grid")}</div>\n</section>'
+def _section(title: str, rows: list[list[str]], head: list[str], columns: list[int], note: str) -> str:
+    content = table([head[i] for i in columns], [[row[i] for i in columns] for row in rows], "grid")
+    return (
+        f'<section>\n<h2>{escape(title)}</h2>\n<div class="wide">{content}</div>\n'
+        f'<p class="note">{escape(note)}</p>\n</section>'
+    )
 
 
 def _verdict(result: Bench) -> str:
@@ -371,5 +372,5 @@ def plot_svg(result: Bench, width: int = 760, page: bool = False) -> str:
     if not page:
         parts = [_SVG_STYLE, '<rect class="paper" width="100%" height="100%" fill="#fdfdfb"/>', *parts]
     label = "Speed-up over the first model against size on disk; the numbers are in the tables"
-    content = "\n".join(parts)
-    return f'<svg class="lines" role="img" aria-label="{label}" {size} viewBox="0 0 {width} {height}">\n{content}\n</svg>\n'
+    top_tag = f'<svg class="lines" role="img" aria-label="{label}" {size} viewBox="0 0 {width} {height}">'
+    return "\n".join([top_tag, *parts, "</svg>\n"])

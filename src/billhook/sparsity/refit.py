@@ -22,6 +22,7 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = 1e-3) -> 
     Returns:
         B'_M, [out, k], float64.
     """
+    rounding = torch.finfo(gram.dtype).eps
     weight, gram = weight.double(), gram.double()
     keep = keep.to(weight.device)
     gone = torch.ones(gram.shape[0], dtype=torch.bool, device=weight.device)
@@ -35,8 +36,9 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = 1e-3) -> 
     inside.diagonal().add_(damping * scale + dead * scale)
     right = weight[:, gone] @ gram[gone][:, keep]
     factor, failed = torch.linalg.cholesky_ex(inside)
-    if int(failed):  # rank-deficient and hardly damped: the smallest correction that fits
-        inverse: Tensor = torch.linalg.pinv(inside, hermitian=True)
+    if int(failed) or float(factor.diagonal().min()) ** 2 < 4 * rounding * scale:
+        # rank-deficient and hardly damped: the smallest correction that fits, without what is rounding of the sums
+        inverse: Tensor = torch.linalg.pinv(inside, hermitian=True, rtol=len(inside) * rounding)
         return kept + right @ inverse
     correction: Tensor = torch.cholesky_solve(right.T, factor)
     return kept + correction.T

@@ -175,12 +175,12 @@ class SlimBlock(GradientCheckpointingLayer):
             self.arguments = stock.arguments
         self.stream = tuple(dims["stream"])
         before, between, after = self.stream
-        attention = stock.get_submodule(slim["attention"])
-        self.layer_idx = getattr(attention, "layer_idx", None)
+        attention = _part(stock, slim["attention"])
+        self.layer_idx = getattr(attention, "layer_idx", getattr(stock, "layer_idx", None))
         # in a parallel block the MLP reads and adds to what the attention does
         entering = before if self.layout == "parallel" else between
         own, mlp = dims["attention"], dims["mlp"]
-        activation = stock.get_submodule(slim["activation"])
+        activation = _part(stock, slim["activation"])
         self.register_module("self_attn", SlimAttention(attention, slim, own, before, between) if own else None)
         self.register_module("mlp", SlimMLP(activation, slim, mlp, entering, after) if mlp else None)
         for name, path in zip(NORMS[self.layout], slim["norms"], strict=False):
@@ -279,6 +279,14 @@ def replace(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put `new` in the place of the module at `path`."""
     owner, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(owner), leaf, new)
+
+
+def _part(block: nn.Module, path: str) -> Any:
+    """A module of a block; None where it was removed."""
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

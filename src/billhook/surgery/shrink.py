@@ -92,6 +92,22 @@ def keep_channels_(block: nn.Module, keep: Tensor) -> None:
     _query_key(attention, _each_checked(keep, attention.qk, "query/key channels").cpu())
 
 
+def fold_value_bias_(attention: Any) -> None:
+    """Attention rows sum to one, so a value bias reaches every token as the constant W_O b_V: put it there, exactly.
+
+    The output projection is given a bias where it has none. The value's own stays, at zero, so that the block keeps
+    its parameters' names.
+    """
+    bias, output = attention.v_proj.bias, attention.o_proj
+    if bias is None or not bool(bias.any()):
+        return
+    spread = bias.data.view(attention.kv_heads, attention.v)[torch.tensor(owners(attention), device=bias.device)]
+    if output.bias is None:
+        output.bias = nn.Parameter(output.weight.new_zeros(output.out_features), output.weight.requires_grad)
+    output.bias.data.add_(output.weight.data.double() @ spread.flatten().double())
+    bias.data.zero_()
+
+
 def drop_attention_(block: nn.Module) -> None:
     """Remove the attention of a block; the residual stream passes."""
     _slim(block).self_attn = None

@@ -125,6 +125,11 @@ def resize_(block: nn.Module, slim: dict[str, Any], dims: dict[str, Any]) -> Non
     own |= {"query_norm": "q_norm", "key_norm": "k_norm"}
     with torch.device("meta"):
         new = SlimBlock(block, own, dims)
+    dtype = next((p.dtype for p in block.parameters() if p.ndim == 2), torch.get_default_dtype())
+    for module in new.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    new.train(block.training)  # or dropout of the new parts is on
     block._modules.clear()
     block._modules.update(new.to_empty(device=device)._modules)
     block.stream = new.stream
@@ -164,6 +169,31 @@ def settle_(model: Any) -> dict[str, str]:
         module.__dict__.pop("_can_record_outputs", None)
     modeling_slim.record_outputs(model, stock=True)
     return names
+
+
+def heads_may_leave(model: Any) -> bool:
+    """Whether the configuration of a slim model's stock class can say that there are fewer heads of the same width."""
+    attention = next((a for layer in model.config.slim["layers"] if (a := layer["attention"])), None)
+    if attention is None or attention["qk"] != attention["v"] or attention["kv_of_head"]:
+        return False
+    config = copy.deepcopy(model.config)
+    delattr(config, "slim")
+    config.head_dim = attention["qk"]
+    config.num_attention_heads = attention["heads"] // attention["kv_heads"]
+    if getattr(config, "num_key_value_heads", None) is not None:
+        config.num_key_value_heads = 1
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:1]
+    anatomy = _stock_anatomy(config)
+    assert anatomy.attention is not None
+    try:
+        with torch.device("meta"):
+            probe = stock_class(type(model))(config)
+    except ValueError:  # as in _stock_config
+        return False
+    output = find_blocks(probe, anatomy)[0].get_submodule(anatomy.attention.output)
+    return bool(_rows(output)["weight"].shape[1] == config.num_attention_heads * attention["v"])
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
