@@ -954,3 +954,56 @@ def test_a_file_that_vanishes_in_the_middle(
     assert done.code == 2
     assert "No such file or directory" in done.error
     assert not Path("x").exists()
+
+
+# -- smaller models -------------------------------------------------------------------------------------------
+
+
+def test_a_pruned_width_is_exported_compared_and_pruned_again(
+    call: Call, make_folder: MakeFolder, corpus: Path, tmp_path: Path
+) -> None:
+    folder, out = make_folder("llama"), tmp_path / "f"
+    command = ["prune", folder, "--method", "fasp", "--sparsity", 0.25, "--uniform", "--out", out, *short(corpus)]
+    told = call(*command, "--json").json
+    assert told["size_after"]["parameters"] < told["size_before"]["parameters"]
+    assert told["modelling"] is None
+    again = call(
+        "prune", out, "--method", "slicegpt", "--sparsity", 0.25, "--out", tmp_path / "s", *short(corpus), "-q"
+    )
+    assert again.code == 0
+    assert (tmp_path / "s" / "modeling_slim.py").is_file()
+    assert "trust_remote_code=True" in (tmp_path / "s" / "README.md").read_text()
+    assert call("eval", tmp_path / "s", "--data", f"text:{corpus}", "--length", 16, "--windows", 2, "-q").code == 0
+
+    refused = call("export", tmp_path / "s", "--format", "gguf", "--no-verify")
+    assert refused.code == 2
+    assert "layer 0 has a matrix in its residual connection" in refused.error
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_methods_are_compared_at_equal_size(call: Call, make_folder: MakeFolder, corpus: Path, tmp_path: Path) -> None:
+    sizes = ["--methods", "fasp,shortgpt", "--target-size", "0.8,0.7", "--out", tmp_path / "t", *short(corpus)]
+    told = call("compare", make_folder("opt"), *sizes, "--json").json
+    assert [cell["target"] for cell in told["cells"]] == ["size=0.8", "size=0.7"] * 2
+    assert "80% of the size" in (tmp_path / "t" / "index.html").read_text()
+    wrong = call("compare", make_folder("opt"), "--methods", "fasp", "--target-size", "most", "--out", tmp_path / "u")
+    assert wrong.code == 2
+    assert "'most' is not a fraction" in wrong.error
+
+
+def test_a_ratio_that_leaves_nothing_is_one_sentence(
+    call: Call, make_folder: MakeFolder, corpus: Path, tmp_path: Path
+) -> None:
+    for method, words in (("fasp", "cannot be removed"), ("shortgpt", "would leave none")):
+        done = call(
+            "prune", make_folder("llama"), "-m", method, "--sparsity", 0.97, "--out", tmp_path / "n", *short(corpus)
+        )
+        assert done.code == 2
+        assert words in done.error
+        assert not list(tmp_path.glob("n*"))
+
+
+def test_bench_refuses_what_is_not_there(call: Call, tmp_path: Path) -> None:
+    done = call("bench", tmp_path / "nothing")
+    assert done.code == 2
+    assert "nothing" in done.error

@@ -265,8 +265,6 @@ def _layers(model: Any, folder: Path) -> tuple[list[_Layer], list[int]]:
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         return [_Layer(i, heads, kv_heads, width) for i in range(config.num_hidden_layers)], []
     slim = config.slim
-    if slim["fused_final"]:
-        raise _cannot(folder, "the final norm", "has its scale multiplied into the head")
     layers: list[_Layer] = []
     left_out: list[int] = []
     for index, dims in enumerate(slim["layers"]):
@@ -280,6 +278,8 @@ def _layers(model: Any, folder: Path) -> tuple[list[_Layer], list[int]]:
         neurons = mlp["width"] if mlp else _FILLER
         values = attention["v"] if attention and attention["v"] < slim["rotary_dim"] else None
         layers.append(_Layer(index, heads, kv_heads, neurons, not attention, not mlp, values))
+    if slim["fused_final"]:
+        raise _cannot(folder, "the final norm", "has its scale multiplied into the head")
     if not layers:
         raise BillhookError(f"No layer of {folder} has attention or an MLP: there is nothing to export.")
     return layers, left_out
