@@ -13,7 +13,7 @@ from billhook.calibrate.gram import Gram
 from billhook.calibrate.walk import Block, Needs, Walk
 from billhook.errors import BillhookError
 from billhook.methods.base import Paper, register
-from billhook.methods.structured import StructuredMethod, random_scores
+from billhook.methods.structured import WidthMethod, random_scores
 from billhook.sparsity.refit import refit
 from billhook.sparsity.structure import column_scores, rounded, strongest
 from billhook.surgery.shrink import fold_value_bias_, keep_kv_heads_, keep_neurons_, keep_values_, owners, value_slices
@@ -21,7 +21,7 @@ from billhook.surgery.slim import heads_may_leave
 
 
 @register("fasp")
-class FASP(StructuredMethod):
+class FASP(WidthMethod):
     title = "FASP"
     paper: ClassVar[Paper | None] = Paper(
         "FASP: Fast and Accurate Structured Pruning of Large Language Models",

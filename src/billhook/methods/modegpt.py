@@ -18,7 +18,7 @@ from billhook.calibrate.statistics import TokenSum, Total
 from billhook.calibrate.walk import Block, Walk
 from billhook.errors import BillhookError
 from billhook.methods.base import Paper, register
-from billhook.methods.structured import Sharing, StructuredMethod
+from billhook.methods.structured import Sharing, WidthMethod
 from billhook.sparsity.lowrank import balanced, fewer_channels
 from billhook.sparsity.refit import refit
 from billhook.sparsity.structure import entropic, output_energy, ridge_leverage, rounded, strongest
@@ -56,7 +56,7 @@ class _Part:
 
 
 @register("modegpt")
-class MoDeGPT(StructuredMethod):
+class MoDeGPT(WidthMethod):
     title = "MoDeGPT"
     paper: ClassVar[Paper | None] = Paper(
         "MoDeGPT: Modular Decomposition for Large Language Model Compression",

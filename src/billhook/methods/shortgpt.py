@@ -32,6 +32,8 @@ class ShortGPT(StructuredMethod):
         blocks = len(walk.blocks)
         ratio = self.overall(walk)
         count = round(ratio * blocks)
+        if ratio > 0 and count == 0:
+            raise BillhookError(f"{ratio:.0%} of {blocks} blocks is less than half a block: raise the sparsity.")
         if count >= blocks:
             raise BillhookError(f"{ratio:.0%} of {blocks} blocks would leave none: lower the sparsity.")
         return count

@@ -14,7 +14,7 @@ from billhook.calibrate.statistics import Covariance, Statistic
 from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError
 from billhook.methods.base import Paper, register
-from billhook.methods.structured import Sharing, StructuredMethod
+from billhook.methods.structured import Sharing, WidthMethod
 from billhook.sparsity.structure import proportional
 from billhook.surgery import rotate
 
@@ -22,7 +22,7 @@ log = logging.getLogger("billhook")
 
 
 @register("slicegpt")
-class SliceGPT(StructuredMethod):
+class SliceGPT(WidthMethod):
     title = "SliceGPT"
     paper = Paper(
         "SliceGPT: Compress Large Language Models by Deleting Rows and Columns",

@@ -27,28 +27,6 @@ class StructuredMethod(Method):
     target_size: float | None = Field(
         None, gt=0, le=1, description="Fraction of all parameters of the model that stays, instead of sparsity."
     )
-    sharing: Sharing = Field(
-        "uniform", description="How the ratio is shared out over blocks: uniform, influence, redundancy."
-    )
-    round: int = Field(1, ge=1, description="Widths are multiples of this; hardware likes 32 or 64.")
-
-    def ratios(self, walk: Walk) -> list[float]:
-        """The fraction removed of each block; the mean is the sparsity, or what the target size asks for."""
-        mean = self.overall(walk)
-        count = len(walk.blocks)
-        if self.sharing == "uniform" or mean == 0:
-            return [mean] * count
-        scores = block_influence(walk)
-        most = self.most(walk)
-        if mean >= most:  # what cannot be shared out unevenly is refused, or done, evenly
-            return [mean] * count
-        if self.sharing == "influence":
-            return entropic(scores, mean, cap=min(0.85, most))
-        return proportional([1 - s for s in scores], mean, base=mean * 2 / 3, cap=min(0.9, most))
-
-    def most(self, walk: Walk) -> float:
-        """The largest fraction that any block can lose."""
-        return 1.0
 
     def overall(self, walk: Walk) -> float:
         """The fraction of the blocks' parameters to remove.
@@ -74,6 +52,33 @@ class StructuredMethod(Method):
     def site(self, block: Block, name: str) -> Site | None:
         """The site of a projection of the block, if it has it."""
         return next((site for site in block.sites if site.projection == name), None)
+
+
+class WidthMethod(StructuredMethod):
+    """A method that narrows blocks: adds how the budget is shared out over them, and what widths are multiples of."""
+
+    sharing: Sharing = Field(
+        "uniform", description="How the ratio is shared out over blocks: uniform, influence, redundancy."
+    )
+    round: int = Field(1, ge=1, description="Widths are multiples of this; hardware likes 32 or 64.")
+
+    def ratios(self, walk: Walk) -> list[float]:
+        """The fraction removed of each block; the mean is the sparsity, or what the target size asks for."""
+        mean = self.overall(walk)
+        count = len(walk.blocks)
+        if self.sharing == "uniform" or mean == 0:
+            return [mean] * count
+        scores = block_influence(walk)
+        most = self.most(walk)
+        if mean >= most:  # what cannot be shared out unevenly is refused, or done, evenly
+            return [mean] * count
+        if self.sharing == "influence":
+            return entropic(scores, mean, cap=min(0.85, most))
+        return proportional([1 - s for s in scores], mean, base=mean * 2 / 3, cap=min(0.9, most))
+
+    def most(self, walk: Walk) -> float:
+        """The largest fraction that any block can lose."""
+        return 1.0
 
 
 def random_scores(block: Block, size: int, draw: int) -> Tensor:
