@@ -838,7 +838,7 @@ def test_comparisons_that_are_not_right(
         (["pruun"], "No such command 'pruun'.*prune"),
         (["methods", "wnda"], r"No method 'wnda' \(did you mean 'wanda'\?\)"),
         (["export", "nonesuch"], "not a Hugging Face model folder"),
-        (["export", "x", "--format", "onnx"], "'--format'"),
+        (["export", "x", "--format", "torch"], "'--format'"),
         (["prune"], "Missing argument 'MODEL'"),
         (["prune", "demo"], "Missing option '--method'"),
         (["eval", "nonesuch", "--windows", "1.5"], "'--windows'"),
