@@ -61,12 +61,13 @@ class Journal:
         return read_index(path)[0] if path.is_file() else {}
 
     def keep_carry(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what a method hands to the block after `block`; that before it is not needed any more."""
+        """Keep what a method hands to the block after `block`.
+
+        That of the block before stays: it is needed again if this block's own record is not written.
+        """
         entries = [Entry.of(name, tensor) for name, tensor in tensors.items()]
         write(self.folder / f"carry-{block:05d}.safetensors", entries)
-        if block > 0:  # the last one but this is still needed if this block's own record is not written
-            for old in range(max(0, block - 2), block - 1):
-                (self.folder / f"carry-{old:05d}.safetensors").unlink(missing_ok=True)
+        (self.folder / f"carry-{block - 2:05d}.safetensors").unlink(missing_ok=True)
 
     def carried(self, block: int) -> dict[str, Tensor] | None:
         """What `keep_carry` kept with this block, if it is still there."""

@@ -668,7 +668,9 @@ class Walk:
         record = self.journal.record(index)
         self.block_records.append(BlockRecord.model_validate(record["block"]))
         self.site_records += [SiteRecord.model_validate(s) for s in record["sites"]]
-        self.carry = self.journal.carried(index) or self.carry
+        carried = self.journal.carried(index)
+        if carried is not None:
+            self.carry = {key: tensor.to(self.device) for key, tensor in carried.items()}
         if "dims" in record:
             config: Any = self.model.config
             resize_(module, config.slim, record["dims"])

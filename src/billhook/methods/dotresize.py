@@ -45,7 +45,7 @@ class DOTResize(SliceGPT):
         return Tokens
 
     def centred(self, signal: Tensor, centre: Tensor) -> Tensor:
-        return signal @ centre.to(signal.device)
+        return signal @ centre
 
     def basis(self, signal: Tensor, width: int) -> Tensor:
         """orth(T) for the transport plan T from all coordinates to the kept ones; [hidden, width], float64."""

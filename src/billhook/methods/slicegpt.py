@@ -53,7 +53,9 @@ class SliceGPT(WidthMethod):
         hidden = slim["hidden"]
         widths = self.widths(walk)
         # what LayerNorms subtract is taken out of the stream at its source, before anything is turned
-        centre = rotate.centring(hidden) if anatomy.norm == "layer" else torch.eye(hidden, dtype=torch.float64)
+        centre = torch.eye(hidden, dtype=torch.float64, device=walk.device)
+        if anatomy.norm == "layer":
+            centre -= 1.0 / hidden
         basis = self.basis(self.centred(walk.entering(self.statistic(walk)), centre), widths[0])
         walk.entry = first = centre @ basis
         walk.carry = {"basis": basis}
@@ -61,23 +63,22 @@ class SliceGPT(WidthMethod):
         for block in walk:
             module: Any = block.module
             like = module.mlp.down_proj.weight if module.mlp is not None else module.self_attn.o_proj.weight
-            before = walk.carry["basis"].to(like.device)
+            before = walk.carry["basis"]
             after = widths[block.index + 1]
             last = block.index + 1 == len(walk.blocks)
             rotate.fuse_norms_(module, slim, anatomy)
             for place in ("attention", "mlp") if module.layout == "parallel" else ("attention",):
                 for reader in rotate.readers(module, place):
                     rotate.rotate_input_(reader, before)
+            self._reach(module, before, hidden)
             if module.layout == "parallel":
-                self._reach(module, before, hidden)
                 out = self._turn(block.leaving(self.statistic(walk)), after, last, hidden)
                 for writer in rotate.writers(module):
                     rotate.rotate_output_(writer, out)
                 module.attention_adapter = rotate.adapter(before.T @ out, like)
                 module.stream = (before.shape[1], out.shape[1], out.shape[1])
             else:
-                self._reach(module, before, hidden)
-                middle = self.basis(block.between(self.statistic(walk)), widths[block.index]).to(like.device)
+                middle = self.basis(block.between(self.statistic(walk)), widths[block.index])
                 if module.self_attn is not None:
                     rotate.rotate_output_(module.self_attn.o_proj, middle)
                 for reader in rotate.readers(module, "mlp"):
@@ -192,7 +193,7 @@ class SliceGPT(WidthMethod):
 
     def centred(self, signal: Tensor, centre: Tensor) -> Tensor:
         """The signal of a stream that is multiplied by `centre`, which is symmetric."""
-        return centre.to(signal.device) @ signal @ centre.to(signal.device)
+        return centre @ signal @ centre
 
     def statistic(self, walk: Walk) -> type[Statistic[Tensor]]:
         """What is gathered of the stream at each place: the signal that `basis` reads."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy
@@ -152,11 +151,6 @@ def rotate_ends_(model: Any, anatomy: Anatomy, first: Tensor, last: Tensor) -> l
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
     return [*anatomy.embeddings, anatomy.head]
-
-
-def centring(width: int) -> Tensor:
-    """I − 11ᵀ/D, float64: what LayerNorm does to its input before it divides."""
-    return torch.eye(width, dtype=torch.float64) - 1.0 / width
 
 
 def _set(linear: nn.Linear, weight: Tensor) -> None:
