@@ -16,17 +16,23 @@ from billhook.export import save
 from billhook.measure import perplexity
 from billhook.methods import (
     FASP,
+    GMP,
     ICBS,
     PERP,
     RIA,
+    SET,
+    SNIP,
     DOTResize,
     DynamicSlicing,
+    GraNet,
     Magnitude,
     Method,
     MoDeGPT,
+    PruneNet,
     ShortGPT,
     SliceGPT,
     SparseGPT,
+    StaticMask,
     Wanda,
     method,
     register,
@@ -37,16 +43,20 @@ from billhook.run import prune
 from billhook.sparsity.allocations import OWL, allocation
 from billhook.sparsity.ecoflap import ECoFLaP
 from billhook.sparsity.refiners import DSnoT
+from billhook.training import SparseTraining, held
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FASP",
+    "GMP",
     "ICBS",
     "MLP",
     "OWL",
     "PERP",
     "RIA",
+    "SET",
+    "SNIP",
     "Anatomy",
     "Attention",
     "BillhookError",
@@ -55,14 +65,20 @@ __all__ = [
     "DSnoT",
     "DynamicSlicing",
     "ECoFLaP",
+    "GraNet",
     "Gram",
     "Magnitude",
     "Method",
     "MoDeGPT",
+    "OneShot",
+    "PruneNet",
     "Report",
+    "RigL",
     "ShortGPT",
     "SliceGPT",
     "SparseGPT",
+    "SparseTraining",
+    "StaticMask",
     "Statistic",
     "Walk",
     "Wanda",
@@ -70,6 +86,7 @@ __all__ = [
     "calibration",
     "declare",
     "evaluation",
+    "held",
     "load",
     "method",
     "perplexity",
