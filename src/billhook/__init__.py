@@ -43,7 +43,7 @@ from billhook.run import prune
 from billhook.sparsity.allocations import OWL, allocation
 from billhook.sparsity.ecoflap import ECoFLaP
 from billhook.sparsity.refiners import DSnoT
-from billhook.training import SparseTraining, held
+from billhook.training import SparseTraining, Stretch, held
 
 __version__ = "0.1.0"
 
@@ -80,6 +80,7 @@ __all__ = [
     "SparseTraining",
     "StaticMask",
     "Statistic",
+    "Stretch",
     "Walk",
     "Wanda",
     "allocation",
