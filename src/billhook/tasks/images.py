@@ -1,0 +1,112 @@
+"""Labelled images in memory."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from billhook.errors import BillhookError
+
+_FASHION = ("/usr/share/datasets/fashion-mnist", "/usr/share/dataset-fashion-mnist")
+_PARTS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+
+
+@dataclass(frozen=True)
+class Images:
+    """A training and a test part.
+
+    Attributes:
+        train, test: float32 [n, channels, height, width], with mean 0 and deviation 1 per channel of the training part.
+        train_labels, test_labels: int64 [n].
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+    @staticmethod
+    def of(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Images:
+        """From uint8 images [n, height, width(, channels)]; normalises."""
+
+        def channels_first(x: Tensor) -> Tensor:
+            x = x[..., None] if x.ndim == 3 else x
+            return x.permute(0, 3, 1, 2).float() / 255
+
+        train, test = channels_first(train), channels_first(test)
+        mean, deviation = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True)
+        return Images((train - mean) / deviation, train_labels.long(), (test - mean) / deviation, test_labels.long())
+
+    @property
+    def classes(self) -> int:
+        return int(self.train_labels.max()) + 1
+
+    def first(self, train: int, test: int | None = None) -> Images:
+        """Only the first so many images."""
+        return Images(self.train[:train], self.train_labels[:train], self.test[:test], self.test_labels[:test])
+
+
+def load_images(name: str) -> Images:
+    """Images by name.
+
+    Args:
+        name: fashion-mnist (from the Debian package dataset-fashion-mnist, or `idx:FOLDER`), cifar10 (from the hub), or
+            `idx:FOLDER` with four files of the MNIST format, gzipped or not.
+
+    Raises:
+        BillhookError: unknown name, or data that is not there.
+    """
+    if name.startswith("idx:"):
+        return _idx(Path(name[4:]))
+    if name == "fashion-mnist":
+        folder = next((Path(p) for p in _FASHION if Path(p).is_dir()), None)
+        if folder is None:
+            raise BillhookError(
+                "Fashion-MNIST is not on this machine: install the Debian package dataset-fashion-mnist, or give a "
+                "folder with its four files as idx:FOLDER."
+            )
+        return _idx(folder)
+    if name == "cifar10":
+        return _cifar10()
+    raise BillhookError(f"No images {name!r}: there are fashion-mnist, cifar10 and idx:FOLDER.")
+
+
+def _cifar10() -> Images:
+    try:
+        from datasets import load_dataset
+
+        parts = [load_dataset("uoft-cs/cifar10", split=split).with_format("numpy") for split in ("train", "test")]
+    except ImportError:
+        raise BillhookError("cifar10 needs the package datasets: pip install 'billhook[data]'.") from None
+    except Exception as error:
+        raise BillhookError(
+            f"CIFAR-10 could not be had from the hub ({type(error).__name__}): give a folder of images in the MNIST "
+            "format as idx:FOLDER, or use fashion-mnist."
+        ) from None
+    tensors = [torch.from_numpy(np.stack(part[key])) for part in parts for key in ("img", "label")]
+    return Images.of(*tensors)
+
+
+def _idx(folder: Path) -> Images:
+    tensors = []
+    for part in _PARTS:
+        path = next((p for p in sorted(folder.glob(f"{part}*")) if p.is_file()), None)
+        if path is None:
+            raise BillhookError(
+                f"{folder} has no file {part}-ubyte(.gz): give a folder with the four files of MNIST's format."
+            )
+        data = path.read_bytes()
+        try:
+            data = gzip.decompress(data) if path.suffix == ".gz" else data
+            rank = data[3]
+            shape = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
+            tensors.append(torch.frombuffer(bytearray(data[4 + 4 * rank :]), dtype=torch.uint8).view(shape))
+        except (OSError, EOFError, IndexError, struct.error, RuntimeError, ValueError):
+            raise BillhookError(f"{path} is not a whole file of MNIST's format: fetch it anew.") from None
+    return Images.of(*tensors)
