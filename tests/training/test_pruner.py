@@ -93,8 +93,9 @@ def test_zeros_hold_and_the_count_is_exact(name: str, kind: str) -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_resume_gives_the_same_bits(name: str) -> None:
+def test_resume_gives_the_same_bits(name: str, late: bool) -> None:
     whole = net()
     optimizer = OPTIMIZERS["sgd"](whole.parameters())
     pruner = make(name).attach(whole, optimizer, STEPS)
@@ -104,10 +105,14 @@ def test_resume_gives_the_same_bits(name: str) -> None:
 
     again = net(seed=9)
     optimizer = OPTIMIZERS["sgd"](again.parameters())
-    resumed = make(name).attach(again, optimizer, STEPS)
+    if late:  # the pruner first, or last
+        resumed = make(name).attach(again, optimizer, STEPS)
     again.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
-    resumed.load_state_dict(saved[2])
+    if late:
+        resumed.load_state_dict(saved[2])
+    else:
+        resumed = make(name).attach(again, optimizer, STEPS, saved[2])
     train(again, optimizer, resumed, 15, STEPS)
     for (key, first), second in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(first, second), key

@@ -44,8 +44,8 @@ class Stretch:
     def __post_init__(self) -> None:
         if not (0 <= self.start <= self.stop <= 1) or self.length <= 0:
             raise BillhookError(
-                f"A stretch from {self.start:g} to {self.stop:g} of length {self.length:g} is not a part of a training: "
-                "use 0 <= start <= stop <= 1 and a positive length."
+                f"A stretch from {self.start:g} to {self.stop:g} of length {self.length:g} is not a part of a "
+                "training: use 0 <= start <= stop <= 1 and a positive length."
             )
 
     def steps(self, total: int) -> tuple[int, int]:
