@@ -364,6 +364,46 @@ def compare(
         _say(("Already there: " if already else "Written: ") + str(out / "index.html"))
 
 
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML: images, network, method, epochs, ..., out.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write, instead of the recipe's.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="As in the recipe: granet(sparsity=0.9).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Instead of the recipe's.")] = None,
+    force: ForceOption = False,
+    device: DeviceIgnored = "auto",
+    dtype: DtypeIgnored = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a small network of the built-in tasks while pruning it: for trying methods of sparse training.
+
+    Killed? Run the same command again: it goes on from its last minute.
+
+    Examples:
+
+      billhook train recipe.yaml
+
+      billhook train recipe.yaml --method "rigl(sparsity=0.95)" --out out/rigl
+    """
+    _start(quiet, as_json, device)
+    from billhook.recipe import parse_as, text_of
+    from billhook.train import TrainJob, execute_training
+
+    job = parse_as(TrainJob, text_of(recipe), str(recipe), out=out, method=method, seed=seed)
+    record, already = execute_training(job, force=force)
+    if as_json:
+        _print_json({"out": str(job.out), **record})
+    elif not quiet:
+        _say(
+            f"Accuracy {record['accuracy']:.2%} on {record['test_images']} test images at sparsity "
+            f"{record['total_sparsity']:.2%}."
+        )
+        _say(("Already there: " if already else "Written: ") + str(job.out))
+
+
 @app.command(name="sparsity-curve")
 def sparsity_curve_(
     model: ModelArgument,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +13,8 @@ from billhook.errors import BillhookError, nearest
 from billhook.methods import Method, method, methods
 
 _TEXT = "tag:yaml.org,2002:str"
+
+S = TypeVar("S", bound=BaseModel)
 
 
 class Job(BaseModel):
@@ -66,7 +69,7 @@ def job(**values: Any) -> Job:
     try:
         return Job(**values)
     except ValidationError as error:
-        raise BillhookError(_sentence(error)) from None
+        raise BillhookError(_sentence(error, Job)) from None
 
 
 def read_recipe(path: Path, **overrides: Any) -> Job:
@@ -76,17 +79,50 @@ def read_recipe(path: Path, **overrides: Any) -> Job:
         BillhookError: unreadable file, bad YAML, a wrong key (with its line and the keys that are allowed), a value
             out of range.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BillhookError(f"There is no recipe {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BillhookError(f"The recipe {path} cannot be read as UTF-8 text: {error}.") from None
-    return parse_recipe(text, str(path), **overrides)
+    return parse_recipe(text_of(path), str(path), **overrides)
 
 
 def parse_recipe(text: str, name: str = "recipe", **overrides: Any) -> Job:
     """Like `read_recipe`, from a string."""
+    result = parse_as(Job, text, name, _check_steps, **overrides)
+    try:
+        result.methods()
+    except BillhookError as error:
+        raise BillhookError(f"{name}: {error}") from None
+    return result
+
+
+def text_of(path: Path) -> str:
+    """The text of a recipe.
+
+    Raises:
+        BillhookError: it is not there or not text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BillhookError(f"There is no recipe {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BillhookError(f"The recipe {path} cannot be read as UTF-8 text: {error}.") from None
+
+
+def parse_as(
+    schema: type[S],
+    text: str,
+    name: str,
+    check: Callable[[yaml.MappingNode, str], None] = lambda tree, name: None,
+    **overrides: Any,
+) -> S:
+    """A recipe of any kind from YAML; `overrides` that are not None replace its values.
+
+    Args:
+        schema: what the recipe describes, with a description of each key.
+        text, name: the recipe, and what to call it in errors.
+        check: looks at the tree before values are validated.
+
+    Raises:
+        BillhookError: bad YAML, a wrong key (with its line and the keys that are allowed), a value out of range.
+    """
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
@@ -96,27 +132,22 @@ def parse_recipe(text: str, name: str = "recipe", **overrides: Any) -> Job:
         problem = str(getattr(error, "problem", None) or error).strip() or type(error).__name__
         raise BillhookError(f"{where}: this is not YAML ({problem.splitlines()[0]}).") from None
     if not isinstance(values, dict) or not isinstance(tree, yaml.MappingNode):
-        raise BillhookError(f"{name}: a recipe is a mapping with the keys {', '.join(Job.model_fields)}.")
-    allowed = list(Job.model_fields)
+        raise BillhookError(f"{name}: a recipe is a mapping with the keys {', '.join(schema.model_fields)}.")
+    allowed = list(schema.model_fields)
     for key, _ in tree.value:
         if key.tag != _TEXT or key.value not in allowed:
             raise BillhookError(
                 f"{name}, line {key.start_mark.line + 1}: key {key.value!r} is not known"
                 f"{nearest(str(key.value), allowed)}; allowed are {', '.join(allowed)}."
             )
-    _check_steps(tree, name)
+    check(tree, name)
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        result = Job(**{**values, **given})
+        return schema(**{**values, **given})
     except ValidationError as error:
         first = error.errors()[0]
         line = _line(tree, first["loc"])
-        raise BillhookError(f"{name}{f', line {line}' if line else ''}: {_sentence(error)}") from None
-    try:
-        result.methods()
-    except BillhookError as error:
-        raise BillhookError(f"{name}: {error}") from None
-    return result
+        raise BillhookError(f"{name}{f', line {line}' if line else ''}: {_sentence(error, schema)}") from None
 
 
 def _check_steps(tree: yaml.MappingNode, name: str) -> None:
@@ -167,13 +198,13 @@ def _line(tree: yaml.MappingNode, path: tuple[int | str, ...]) -> int | None:
     return line
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, schema: type[BaseModel]) -> str:
     first = error.errors()[0]
     option = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
-        return f"{option} is missing: {Job.model_fields[option].description}."
+        return f"{option} is missing: {schema.model_fields[option].description}."
     if first["type"] == "extra_forbidden":
-        known = list(Job.model_fields)
+        known = list(schema.model_fields)
         return f"{option!r} is not known{nearest(option, known)}; allowed are {', '.join(known)}."
     message = str(first["msg"])
     return f"{option}={shortened(first['input'])} is not possible: {message[0].lower()}{message[1:]}."

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from billhook.errors import BillhookError
+from billhook.models.files import write_atomically
 from billhook.progress import bar
 from billhook.tasks.images import Images
 from billhook.training import Pruner, SparseTraining, Stretch
 from billhook.training.schedules import cosine
+from billhook.training.state import pack_optimizer, pack_state, unpack_optimizer, unpack_state
+
+_KEEP_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,6 @@ class Training:
     warmup: float = 0.05
     clip: float | None = None
     label: str = "train"
-    after_step: Callable[[int, nn.Module], None] | None = field(default=None, compare=False)
 
     def steps(self, length: float = 1.0) -> int:
         """Optimizer steps of a training."""
@@ -58,40 +65,57 @@ class Training:
         """Train over a stretch (everything by default)."""
         self.run(model, stretch or Stretch())
 
-    def prune(self, model: nn.Module, method: SparseTraining, seed: int = 0, length: float = 1.0) -> Pruner:
-        """Train with a pruner; returns it finalized."""
-        found: list[Pruner] = []
-
-        def attach(optimizer: Any) -> Callable[[], None]:
-            found.append(method.attach(model, optimizer, self.steps(length)))
-            return found[0].step
-
-        self.run(model, Stretch(seed=seed, length=length), attach)
-        found[0].finalize()
-        return found[0]
+    def prune(
+        self, model: nn.Module, method: SparseTraining, seed: int = 0, length: float = 1.0, keep: Path | None = None
+    ) -> Pruner:
+        """Train with a pruner; returns it finalized. `keep` is as in `run`."""
+        found = self.run(model, Stretch(seed=seed, length=length), method, keep)
+        assert found is not None
+        found.finalize()
+        return found
 
     def run(
-        self, model: nn.Module, stretch: Stretch, attach: Callable[[Any], Callable[[], None]] | None = None
-    ) -> None:
-        """Train; `attach(optimizer)` returns what is called after every step.
+        self, model: nn.Module, stretch: Stretch, method: SparseTraining | None = None, keep: Path | None = None
+    ) -> Pruner | None:
+        """Train, with a pruner if a method is given; returns it at the end of its work.
+
+        Args:
+            model: in place.
+            stretch: which part of the training.
+            method: what prunes.
+            keep: a file that the state is written to every minute; where it is there, the training goes on from it, to
+                the same bits.
 
         Raises:
             BillhookError: the loss is not finite.
         """
         accelerator = Accelerator()
         total = self.steps(stretch.length)
+        first, last = stretch.steps(total)
+        saved = _read(keep) if keep is not None and keep.is_file() else None
+        if saved is not None:
+            model.load_state_dict(saved["model"])
         optimizer = torch.optim.SGD(
             model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
         )
-        after = attach(optimizer) if attach is not None else None
+        if saved is not None:
+            optimizer.load_state_dict(saved["optimizer"])
+            first = saved["step"]
+        pruner = None
+        if method is not None:
+            pruner = method.attach(model, optimizer, last - stretch.steps(total)[0], saved and saved["pruner"])
         prepared, optimizer = accelerator.prepare(model, optimizer)
         prepared.train()
         images, labels = self.images.train.to(accelerator.device), self.images.train_labels.to(accelerator.device)
         rate = stretch.rate or self.rate
         share, rank = accelerator.num_processes, accelerator.process_index
-        first, last = stretch.steps(total)
-        with bar(self.label, last - first) as advance:
+        written = time.monotonic()
+        with bar(self.label, last - stretch.steps(total)[0]) as advance:
+            advance(advance=first - stretch.steps(total)[0])
             for step in range(first, last):
+                if keep is not None and accelerator.is_main_process and time.monotonic() - written > _KEEP_SECONDS:
+                    _write(keep, step, model, optimizer, pruner)
+                    written = time.monotonic()
                 chosen, generator = self._batch(step, stretch.seed)
                 chosen = chosen[rank::share]
                 x = images[chosen.to(images.device)]
@@ -109,11 +133,10 @@ class Training:
                 if self.clip is not None:
                     accelerator.clip_grad_norm_(prepared.parameters(), self.clip)
                 optimizer.step()
-                if after is not None:
-                    after()
-                if self.after_step is not None:
-                    self.after_step(step, model)
+                if pruner is not None:
+                    pruner.step()
                 advance()
+        return pruner
 
     def _batch(self, step: int, seed: int) -> tuple[Tensor, torch.Generator]:
         """Which images a step sees: a function of seed and step alone."""
@@ -150,3 +173,26 @@ def shifted_and_flipped(x: Tensor, generator: torch.Generator) -> Tensor:
     columns = (torch.where(flip[:, None], columns.flip(1), columns) + shift[1][:, None])[:, None, :]
     index = torch.arange(n)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows, columns].permute(0, 3, 1, 2).contiguous()
+
+
+def _write(path: Path, step: int, model: nn.Module, optimizer: Any, pruner: Pruner | None) -> None:
+    moments, groups = pack_optimizer(getattr(optimizer, "optimizer", optimizer))
+    tensors = {f"model/{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors |= {f"optimizer/{name}": tensor.contiguous() for name, tensor in moments.items()}
+    values: dict[str, Any] = {"step": step, "optimizer": groups}
+    if pruner is not None:
+        masks, values["pruner"] = pack_state(pruner.state_dict())
+        tensors |= {f"pruner/{name}": tensor for name, tensor in masks.items()}
+    write_atomically(path, [save(tensors, {"values": json.dumps(values)})])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        values = json.loads(file.metadata()["values"])
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "pruner": {}}
+        for name in file.keys():  # noqa: SIM118 -- not a mapping
+            group, _, rest = name.partition("/")
+            parts[group][rest] = file.get_tensor(name)
+    pruner = unpack_state(parts["pruner"], values["pruner"]) if "pruner" in values else None
+    optimizer = unpack_optimizer(parts["optimizer"], values["optimizer"])
+    return {"step": values["step"], "model": parts["model"], "optimizer": optimizer, "pruner": pruner}

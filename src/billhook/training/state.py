@@ -15,12 +15,28 @@ from billhook.errors import BillhookError
 from billhook.models.files import write_atomically
 
 
-def save_state(state: dict[str, Any], path: Path) -> None:
-    """Write a `Pruner.state_dict`."""
+def pack_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A `Pruner.state_dict` as tensors and plain values, which a safetensors file can hold."""
     tensors: dict[str, Tensor] = {"generator": state["generator"]}
     for group in ("masks", "memory"):
         tensors |= {f"{group}/{name}": tensor.contiguous() for name, tensor in state[group].items()}
     values = {key: value for key, value in state.items() if key not in ("generator", "masks", "memory")}
+    return tensors, values
+
+
+def unpack_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
+    """The state that `pack_state` was given."""
+    state: dict[str, Any] = {**values, "generator": tensors["generator"], "masks": {}, "memory": {}}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition("/")
+        if rest:
+            state[group][rest] = tensor
+    return state
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Write a `Pruner.state_dict`."""
+    tensors, values = pack_state(state)
     write_atomically(path, [save(tensors, {"values": json.dumps(values)})])
 
 
@@ -38,11 +54,7 @@ def load_state(path: Path) -> dict[str, Any]:
         raise BillhookError(f"There is no pruner state {path}: the checkpoint was saved without a pruner.") from None
     except Exception as error:
         raise BillhookError(f"{path} is not a pruner's state ({error}).") from None
-    state: dict[str, Any] = {**values, "generator": tensors.pop("generator"), "masks": {}, "memory": {}}
-    for name, tensor in tensors.items():
-        group, _, rest = name.partition("/")
-        state[group][rest] = tensor
-    return state
+    return unpack_state(tensors, values)
 
 
 def to_cpu(state: dict[str, Any]) -> dict[str, Any]:
@@ -55,3 +67,24 @@ def to_cpu(state: dict[str, Any]) -> dict[str, Any]:
         else value
         for key, value in state.items()
     }
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors and plain values, which a safetensors file can hold."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}/{key}": torch.as_tensor(value)
+        for index, moments in state["state"].items()
+        for key, value in moments.items()
+        if value is not None
+    }
+    return tensors, {"groups": state["param_groups"]}
+
+
+def unpack_optimizer(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
+    """The `state_dict` of an optimizer that `pack_optimizer` was given."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition("/")
+        moments.setdefault(int(index), {})[key] = tensor
+    return {"state": moments, "param_groups": values["groups"]}

@@ -1,0 +1,85 @@
+"""ISS-P: at every step the weights that are small right now shrink a little; those that stay small fade away."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from billhook.declared import Paper
+from billhook.sparsity.patterns import parse_pattern
+from billhook.sparsity.select import keep_n_of_m
+from billhook.training.masks import keep_in_layer
+from billhook.training.pruner import Pruner, SparseTraining, pruner
+
+_MOST = 0.995  # no layer loses more than this share
+
+
+@pruner("iss-p")
+class ISSP(SparseTraining):
+    title = "Iterative soft shrinkage (ISS-P)"
+    paper = Paper(
+        "Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution",
+        "J. Wang, H. Wang, Y. Zhang, Y. Fu, Z. Tao",
+        "ICCV 2023",
+        "2303.09650",
+    )
+    summary = (
+        "For the first part of the training, multiplies each layer's smallest weights by a factor below 1 after every "
+        "step, with full gradients; then removes them."
+    )
+    when = (
+        "For networks trained from nothing, super-resolution ones above all. Keep the learning rate constant while "
+        "weights shrink: one below lr · shrink / (1 − shrink) cannot come back."
+    )
+
+    shrink: float = Field(
+        0.95, ge=0, le=1, description="Factor per step; 0 is iterative hard thresholding, 1 one-shot."
+    )
+    until: float = Field(1 / 3, gt=0, le=1, description="Where shrinking ends, as a fraction of the training.")
+    pattern: str = Field("unstructured", description="unstructured, or N:M, which keeps N of every M inputs.")
+    least: int = Field(1000, ge=0, description="Layers with fewer weights stay dense.")
+
+    @field_validator("pattern")
+    @classmethod
+    def _known(cls, text: str) -> str:
+        parse_pattern(text)
+        return text
+
+    def due(self, step: int, total_steps: int) -> bool:
+        return step == self.last(total_steps)
+
+    def last(self, total_steps: int) -> int:
+        """The step at which shrinking ends."""
+        return max(1, round(self.until * total_steps))
+
+    def between(self, pruner: Pruner) -> None:
+        if pruner.taken < self.last(pruner.total_steps):
+            self._shrink(pruner)
+
+    def update(self, pruner: Pruner) -> None:
+        self._shrink(pruner)
+        pruner.set_masks({name: self.important(weight.detach()) for name, weight in pruner.weights.items()})
+
+    def reached(self, pruner: Pruner) -> bool:
+        return pruner.taken >= self.last(pruner.total_steps)
+
+    def important(self, weight: Tensor) -> Tensor:
+        """The weights that do not shrink: bool, of the weight's shape."""
+        everything = torch.ones_like(weight, dtype=torch.bool)
+        if weight.numel() < self.least:
+            return everything
+        nm = parse_pattern(self.pattern)
+        if nm is not None:
+            flat = weight.abs().flatten(1)
+            return everything if flat.shape[1] % nm.m else keep_n_of_m(flat, nm.n, nm.m).view(weight.shape)
+        n = weight.numel()
+        count = min(math.ceil(round(self.sparsity * n, 6)), int(_MOST * n))
+        return keep_in_layer(weight.abs(), everything, n - count)
+
+    @torch.no_grad()
+    def _shrink(self, pruner: Pruner) -> None:
+        for weight in pruner.weights.values():
+            weight.mul_(torch.where(self.important(weight), 1.0, self.shrink).to(weight.dtype))
