@@ -501,11 +501,11 @@ def list_methods(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """List methods, allocations and refiners, or show one's card: paper, hyperparameters, needs, when to use it.
+    """List all methods and their parts, or show one's card: paper, hyperparameters, needs, when to use it.
 
     Example: billhook methods wanda
     """
-    from billhook.methods.card import card, declared, describe
+    from billhook.methods.card import KINDS, card, declared, describe
 
     known = declared()
     if name is not None and name not in known:
@@ -514,16 +514,15 @@ def list_methods(
         if name:
             _print_json(describe(known[name]))
         else:
-            kinds = ("method", "allocation", "refiner")
-            of_kind = {k: [describe(cls) for cls in known.values() if cls.kind == k] for k in kinds}
+            of_kind = {k: [describe(cls) for cls in known.values() if cls.kind == k] for k in KINDS}
             _print_json({f"{kind}s": cards for kind, cards in of_kind.items()})
     elif name:
         from rich.markdown import Markdown
 
         _out.print(Markdown(card(known[name])))
     else:
-        for kind in ("method", "allocation", "refiner"):
-            table = Table(kind, "what it does", "needs", box=None, padding=(0, 2, 1, 0))
+        for kind, does in KINDS.items():
+            table = Table(kind, f"{does}:", "needs", box=None, padding=(0, 2, 1, 0))
             for key, cls in known.items():
                 if cls.kind == kind:
                     table.add_row(f"[bold]{key}[/]", cls.summary, getattr(cls, "needs", "calibration"))

@@ -57,7 +57,8 @@ class Declared(BaseModel):
         """As users type it: the name, and the options that are not at their defaults."""
         own = self.options()
         fields = type(self).model_fields
-        given = [f"{key}={_written(value)}" for key, value in own.items() if value != fields[key].default]
+        usual = {key: field.get_default(call_default_factory=True) for key, field in fields.items()}
+        given = [f"{key}={_written(value)}" for key, value in own.items() if value != usual[key]]
         return f"{self.name}({', '.join(given)})" if given else self.name
 
 

@@ -1,4 +1,4 @@
-"""Cards of methods, allocations and refiners, generated from what each declares."""
+"""Cards of methods and their parts, generated from what each declares."""
 
 from __future__ import annotations
 
@@ -6,19 +6,33 @@ import typing
 from typing import Any
 
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from billhook.declared import Declared
+from billhook.merging import IFM
 from billhook.methods.base import METHODS
+from billhook.methods.consensus import ConsensusGates
 from billhook.sparsity.allocations import ALLOCATIONS
 from billhook.sparsity.refiners import REFINERS
+from billhook.training import PRUNERS, RUNS
+
+KINDS = {
+    "method": "prunes a trained model",
+    "allocation": "shares sparsity out over layers",
+    "refiner": "improves a mask",
+    "pruner": "prunes while an optimizer trains",
+    "procedure": "owns several training runs",
+    "gating": "learns gates with the weights",
+    "merging": "merges what is alike",
+}  # what has cards, and what each kind does
 
 
 def declared() -> dict[str, type[Declared]]:
     """Everything that has a card, by name: methods first."""
     known: dict[str, type[Declared]] = {}
-    for registry in (METHODS, ALLOCATIONS, REFINERS):
+    for registry in (METHODS, ALLOCATIONS, REFINERS, PRUNERS, RUNS):
         known |= {name: cls for name, cls in registry.known().items() if name != "none"}
-    return known
+    return known | {cls.name: cls for cls in (ConsensusGates, IFM)}
 
 
 def describe(cls: type[Declared]) -> dict[str, Any]:
@@ -32,7 +46,7 @@ def describe(cls: type[Declared]) -> dict[str, Any]:
         "needs": _needs(cls),
         "paper": paper.__dict__ if paper else None,
         "options": [
-            {"name": name, "default": field.default, "range": _range(field), "description": field.description}
+            {"name": name, "default": _default(field), "range": _range(field), "description": field.description}
             for name, field in cls.model_fields.items()
         ],
     }
@@ -48,6 +62,7 @@ def card(cls: type[Declared]) -> str:
     needs = {
         "nothing": "no data.",
         "calibration": "calibration data.",
+        "training": "a training loop.",
     }
     lines += [f"**Needs.** {needs.get(_needs(cls), _needs(cls))}", ""]
     if not facts["options"]:
@@ -55,7 +70,7 @@ def card(cls: type[Declared]) -> str:
         return "\n".join([*lines, *_examples(cls)])
     lines += ["| option | default | range | |", "|---|---|---|---|"]
     for option in facts["options"]:
-        default = "–" if option["default"] is None else f"`{option['default']}`"
+        default = "–" if option["default"] in (None, []) else f"`{option['default']}`"
         lines.append(f"| `{option['name']}` | {default} | {option['range']} | {option['description']} |")
     return "\n".join([*lines, "", *_examples(cls)])
 
@@ -66,6 +81,34 @@ def _needs(cls: type[Declared]) -> str:
 
 def _examples(cls: type[Declared]) -> list[str]:
     """How it is used, on the command line and in Python."""
+    made = f"bh.{cls.__name__}(" + ("sparsity=0.9)" if "sparsity" in cls.model_fields else ")")
+    if cls.kind == "pruner":
+        return [
+            "```python",
+            f"pruner = {made}.attach(model, optimizer, total_steps=steps)",
+            "for x, y in batches:",
+            "    optimizer.zero_grad(); loss_fn(model(x), y).backward(); optimizer.step()",
+            "    pruner.step()",
+            "pruner.finalize()",
+            "```",
+            "",
+        ]
+    if cls.kind == "procedure":
+        return ["```python", f"result = {made}.run(model, train=my_train_function)", "```", ""]
+    if cls.kind == "gating":
+        return [
+            "```python",
+            f"gates = {made}.attach(model, optimizer, total_steps=steps)",
+            "for x, y in batches:",
+            "    optimizer.zero_grad()",
+            "    (loss_fn(model(x), y) + gates.loss()).backward(); optimizer.step(); gates.step()",
+            "gates.consensus(batches)",
+            "small = gates.finalize(example=x)",
+            "```",
+            "",
+        ]
+    if cls.kind == "merging":
+        return ["```python", f"small, report = bh.{cls.__name__}().merge(model, example=x)", "```", ""]
     if cls.kind == "method":
         sparse = "sparsity" in cls.model_fields
         shell = f"--method {cls.name}" + (" --sparsity 0.5" if sparse else "")
@@ -85,6 +128,11 @@ def _examples(cls: type[Declared]) -> list[str]:
         "```",
         "",
     ]
+
+
+def _default(field: FieldInfo) -> Any:
+    value = field.get_default(call_default_factory=True)
+    return None if value is PydanticUndefined else value
 
 
 def _range(field: FieldInfo) -> str:
