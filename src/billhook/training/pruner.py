@@ -45,6 +45,7 @@ class SparseTraining(Declared):
     kind = "pruner"
     needs: ClassVar[str] = "training"
     needs_gradients: ClassVar[bool] = False  # whether `update` looks at gradients of absent weights
+    stands_still: ClassVar[bool] = False  # whether the optimizer moves nothing at an update, which takes its step
 
     sparsity: float = Field(0.9, ge=0, lt=1, description="Fraction of the prunable weights that is removed at the end.")
     exclude: list[str] = Field(
@@ -52,13 +53,16 @@ class SparseTraining(Declared):
     )
     draw: int = Field(0, ge=0, description="Seed of what is random.")
 
-    def attach(self, model: nn.Module, optimizer: Any, total_steps: int) -> Pruner:
+    def attach(
+        self, model: nn.Module, optimizer: Any, total_steps: int, state: Mapping[str, Any] | None = None
+    ) -> Pruner:
         """Start pruning `model` while `optimizer` trains it.
 
         Args:
             model: any module, on its device; wrapped for data-parallel training or not.
             optimizer: a torch optimizer over its parameters, or a wrapper of one (Accelerate).
             total_steps: optimizer steps of the whole training.
+            state: a `Pruner.state_dict` to go on from, where model and optimizer have theirs back already.
 
         Returns:
             The pruner, to be stepped after every step of the optimizer.
@@ -67,7 +71,11 @@ class SparseTraining(Declared):
             BillhookError: nothing to prune, a weight that the optimizer does not train or another pruner holds, or a
                 sparsity that a layer cannot reach.
         """
-        return Pruner(self, model, optimizer, total_steps)
+        return Pruner(self, model, optimizer, total_steps, state)
+
+    def candidates(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Which weights may be removed, by name."""
+        return prunable(model, self.exclude)
 
     def begin(self, pruner: Pruner) -> None:
         """Set the mask before the first step. All weights are there, unless this changes it."""
@@ -81,6 +89,9 @@ class SparseTraining(Declared):
 
     def update(self, pruner: Pruner) -> None:
         """Change the mask."""
+
+    def between(self, pruner: Pruner) -> None:
+        """Called after each step of the optimizer that no update belongs to."""
 
     def reached(self, pruner: Pruner) -> bool:
         """Whether the mask has the sparsity that was asked for, up to one weight per layer of rounding."""
@@ -100,7 +111,14 @@ class Pruner:
         notes: what the user should know of how it went.
     """
 
-    def __init__(self, method: SparseTraining, model: nn.Module, optimizer: Any, total_steps: int) -> None:
+    def __init__(
+        self,
+        method: SparseTraining,
+        model: nn.Module,
+        optimizer: Any,
+        total_steps: int,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         if total_steps < 1:
             raise BillhookError(f"total_steps={total_steps} is not a training: give the number of optimizer steps.")
         self.method = method
@@ -108,13 +126,14 @@ class Pruner:
         self.optimizer: torch.optim.Optimizer = _innermost(optimizer)
         self.total_steps = total_steps
         self.taken = 0
-        self.weights = prunable(self.model, method.exclude)
+        self.weights = method.candidates(self.model)
         self.generator = torch.Generator().manual_seed(method.draw)
         self.memory: dict[str, Tensor] = {}
         self.notes: list[str] = []
         self._begun = False  # whether the optimizer has seen gradients
         self._overdue = False
         self._optimizer_stepped = False
+        self._withheld: dict[str, Tensor | None] = {}  # gradients that the optimizer did not get to see
         self._finished = False
         self._refuse_unheld()
         self.masks: Masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in self.weights.items()}
@@ -122,8 +141,11 @@ class Pruner:
             _owned[weight] = method.name
         self._hook = self.optimizer.register_step_pre_hook(self._before_optimizer)
         try:
-            method.begin(self)
-            self._enforce(moments=True)
+            if state is None:
+                method.begin(self)
+                self._enforce(moments=True)
+            else:
+                self.load_state_dict(state)
         except BaseException:
             self.detach()
             raise
@@ -144,16 +166,19 @@ class Pruner:
                 "of optimizer steps of the whole training."
             )
         self.taken += 1
-        due = self._due(self.taken)
-        if due and not self._optimizer_stepped:
+        due, stepped = self._due(self.taken), self._optimizer_stepped
+        if due and not stepped:
             # a loss scaler skipped the step because gradients overflowed: there is nothing to rank by
             self._overdue, due = True, False
         self._optimizer_stepped = False
         self._enforce(moments=due)
         if not due:
+            if stepped:
+                self.method.between(self)
             return
         self._overdue = False
         self.method.update(self)
+        self._withheld.clear()
         self._enforce(moments=True)
         self._refuse_unequal()
 
@@ -221,7 +246,7 @@ class Pruner:
         Raises:
             BillhookError: it is not there or not finite.
         """
-        found = self.weights[name].grad
+        found = self._withheld[name] if name in self._withheld else self.weights[name].grad
         if found is None:
             raise BillhookError(
                 f"{name} has no gradient at step {self.taken}, and {self.method.name} ranks by it: call pruner.step() "
@@ -308,7 +333,10 @@ class Pruner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`. Load the model's and the optimizer's first.
+        """Go on from a `state_dict`.
+
+        A pruner that was attached without a state may have removed weights already: load the states of model and
+        optimizer after it was attached, or give this one to `attach`.
 
         Raises:
             BillhookError: the state is of another model or method.
@@ -341,12 +369,26 @@ class Pruner:
             self._begun = True
             self.method.before_first_step(self)
             self._enforce(moments=False)
-        self._optimizer_stepped = True
+        # a fused optimizer skips the step of an overflow by itself
+        self._optimizer_stepped = not bool(getattr(optimizer, "found_inf", None))
         if not (self.method.needs_gradients and self._due(self.taken + 1)):
             self._clear_gradients()
+        elif self.method.stands_still:
+            self._withhold_gradients()
 
     def _due(self, step: int) -> bool:
         return self._overdue or self.method.due(step, self.total_steps)
+
+    def _withhold_gradients(self) -> None:
+        """Keep the gradients for the update; an optimizer moves no parameter without one, by momentum neither."""
+        scale = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer undoes a loss scaler's by itself
+        self._withheld = {
+            name: weight.grad if scale is None or weight.grad is None else weight.grad / scale
+            for name, weight in self.weights.items()
+        }
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     @torch.no_grad()
     def _clear_gradients(self) -> None:
