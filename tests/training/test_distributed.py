@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = '''
+SCRIPT = """
 import sys, torch, torch.distributed as dist
 from torch import nn
 import billhook as bh
@@ -42,7 +42,7 @@ dist.all_gather_object(seen, [net[0].weight.tolist(), {n: m.tolist() for n, m in
 assert seen[0] == seen[1]
 assert round(pruner.sparsity, 2) == 0.8
 print("EQUAL")
-'''
+"""
 
 
 def run(tmp_path: Path, *arguments: str) -> str:
