@@ -141,7 +141,7 @@ class Runs:
         self.parts: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self._refuse_unfit()
-        self.masks = _present(self.weights) if masks is None else masks
+        self.masks = present(self.weights) if masks is None else masks
         self.counts: dict[str, list[int]] = self._plan() if masks is None else {}
         self.store = Store(None if out is None else Path(out))
         self.store.claim(
@@ -374,7 +374,7 @@ def fewer(weights: Mapping[str, Tensor], masks: Masks, left: Mapping[str, int]) 
     return {name: keep_in_layer(scores[name], mask, left[name]) for name, mask in masks.items()}
 
 
-def _present(weights: Mapping[str, Tensor]) -> Masks:
+def present(weights: Mapping[str, Tensor]) -> Masks:
     """Weights that are there: not zero. A layer of zeros alone was not pruned but begins at zero."""
     masks = {name: weight.detach() != 0 for name, weight in weights.items()}
     return {name: mask if bool(mask.any()) else torch.ones_like(mask) for name, mask in masks.items()}
