@@ -416,6 +416,8 @@ def test_inexpressible_layers_are_named(edit: Edit, message: str, tmp_path: Path
         ({"adapters": [False, True]}, "layer 1 has a matrix in its residual connection"),
         ({"fused": True}, "layer 1 has the scales of its norms"),
         ({"stream": [64, 64, 48]}, "layer 1 has a residual stream of width 48"),
+        ({"mlp": {"width": 9, "writes": [0, 3]}}, "layer 1 reads or writes only some channels"),
+        ({"mlp": {"width": 9, "reads": [0, 3]}}, "layer 1 reads or writes only some channels"),
     ],
 )
 def test_inexpressible_streams_are_named(change: dict[str, Any], message: str) -> None:

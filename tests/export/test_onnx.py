@@ -16,7 +16,7 @@ from billhook.errors import BillhookError
 from billhook.export import onnx as exporting
 from billhook.export.folder import assemble
 from billhook.export.onnx import export_onnx
-from billhook.surgery.shrink import drop_attention_, drop_mlp_, keep_neurons_
+from billhook.surgery.shrink import drop_attention_, drop_mlp_, keep_neurons_, keep_reads_, keep_writes_
 from billhook.surgery.slim import refresh, slim_
 from tiny import VOCABULARY, batches_for, build, tiny_tokenizer
 
@@ -27,13 +27,21 @@ needs_runtime = pytest.mark.skipif(
 
 
 def _folder(kind: str, folder: Path) -> Path:
-    model: Any = build("llama" if kind in ("slim", "sliced") else kind)
+    model: Any = build("llama" if kind in ("slim", "sliced", "indexed") else kind)
     if kind == "slim":
         slim_(model)
         for block, neurons in zip(model.model.layers, (16, 32, 48), strict=True):
             keep_neurons_(block, torch.arange(neurons))
         drop_attention_(model.model.layers[1])
         drop_mlp_(model.model.layers[2])
+        refresh(model)
+    if kind == "indexed":
+        slim_(model)
+        for index, block in enumerate(model.model.layers):
+            keep_neurons_(block, torch.arange(16))
+            for part in ("attention", "mlp"):
+                keep_reads_(block, part, torch.arange(index, 32, 2))  # type: ignore[arg-type]
+                keep_writes_(block, part, torch.arange(3 - index, 32, 3))  # type: ignore[arg-type]
         refresh(model)
     if kind == "sliced":
         bh.prune(model, bh.method("slicegpt", sparsity=0.25), batches_for("llama", count=4))
@@ -42,7 +50,7 @@ def _folder(kind: str, folder: Path) -> Path:
 
 
 @needs_runtime
-@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "slim", "sliced"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "slim", "sliced", "indexed"])
 def test_the_file_computes_what_the_model_computes(kind: str, tmp_path: Path) -> None:
     import onnxruntime
 
@@ -69,7 +77,7 @@ def test_the_file_computes_what_the_model_computes(kind: str, tmp_path: Path) ->
 
 
 @needs_runtime
-@pytest.mark.parametrize("kind", ["slim", "mistral"])
+@pytest.mark.parametrize("kind", ["slim", "indexed", "mistral"])
 def test_a_file_with_a_cache_writes_what_the_model_writes(kind: str, tmp_path: Path) -> None:
     import onnxruntime
 

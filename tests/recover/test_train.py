@@ -433,3 +433,17 @@ def test_mistakes_in_the_settings_are_named() -> None:
     for rate in (-0.1, math.nan, math.inf):
         with pytest.raises(BillhookError, match="learning rate of the group 'all' is"):
             Loop(layer, groups, rate, loss, 3)
+
+
+def test_a_constant_rate_with_decay_and_clipping_is_the_loop_written_out() -> None:
+    layer, loss = regression()
+    other, other_loss = regression()
+    Loop(layer, all_of(layer), 0.05, loss, 7, weight_decay=0.3, clip=0.1, constant=True).run()
+    optimizer = torch.optim.AdamW(other.parameters(), lr=0.05, weight_decay=0.3)
+    for index in range(7):
+        optimizer.zero_grad()
+        other_loss(index).backward()  # type: ignore[no-untyped-call]
+        assert float(nn.utils.clip_grad_norm_(other.parameters(), 0.1)) > 0.1
+        optimizer.step()
+    for a, b in zip(layer.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,21 @@ def test_a_slim_model_computes_the_same_and_settles_to_the_same(family: str, att
     written = ("architectures", "n_inner")  # None where a default was meant
     before, after = ({k: v for k, v in m.config.to_dict().items() if k not in written} for m in (whole, model))
     assert before == after
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit"])
+def test_hidden_states_are_given_by_a_model_that_gave_them_before(family: str) -> None:
+    model: Any = build(family)
+    inputs = batches_for(family)[0]
+    with torch.no_grad():
+        want = model(inputs, output_hidden_states=True).hidden_states
+        slim_(model)
+        for _ in range(2):
+            got = model(inputs, output_hidden_states=True).hidden_states
+            assert len(got) == len(want)
+            for one, other in zip(got, want, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+            settle_(model)
 
 
 def test_padding_and_a_mask_reach_the_slim_attention() -> None:

@@ -127,7 +127,8 @@ def calibration(
     Returns LongTensors [b, length] of token ids on the CPU, `samples` rows in all; the last batch may have
     fewer rows. `batch` is b; None chooses it so that a batch holds about 2048 tokens. Windows are drawn with
     replacement, starting anywhere in the token stream; for `c4`, each lies in one random document that is
-    longer than `length`. The same seed gives the same windows.
+    longer than `length`. Where the tokenizer has a classification token and a separator, as an encoder's does, they are
+    the first and last token of each window. The same seed gives the same windows.
 
     Raises BillhookError if an argument is out of range or there are too few tokens (`length + samples` are
     needed), and what `documents` raises.
@@ -150,6 +151,9 @@ def calibration(
             )
         starts = [rng.randint(0, found - length - 1) for _ in range(samples)]
         rows = [stream[start : start + length] for start in starts]
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if first is not None and last is not None:
+        rows = [torch.cat([row.new_tensor([first]), row[1:-1], row.new_tensor([last])]) for row in rows]
     size = max(1, BATCH_TOKENS // length) if batch is None else batch
     return [torch.stack(rows[first : first + size]) for first in range(0, samples, size)]
 

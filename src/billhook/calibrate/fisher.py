@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.generic import ModelOutput
 
 from billhook.calibrate.capture import Batch
 from billhook.errors import BillhookError, nearest
@@ -175,7 +176,7 @@ def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
             are then no targets.
 
     Raises:
-        BillhookError: a sequence has no next token.
+        BillhookError: a sequence has no next token, or the model predicts none.
     """
     device = next(model.parameters()).device
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
@@ -192,6 +193,7 @@ def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
     if not targets.shape[1] or bool((counts == 0).any()):
         raise BillhookError("A sequence has no next token to predict: give sequences of at least two tokens.")
     output = model(**inputs)
+    refuse_non_causal(output)
     logits: Tensor = getattr(output, "logits", output)
     # one sequence at a time: vocabulary-sized float32 tensors are the largest here
     losses = [
@@ -199,6 +201,20 @@ def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
         for row, target in zip(logits, targets, strict=True)
     ]
     return torch.stack(losses) / counts
+
+
+def refuse_non_causal(output: Any) -> None:
+    """Raise where a Transformers model's output is not that of a causal language model: it predicts no next token.
+
+    Raises:
+        BillhookError: names what the output is.
+    """
+    kind = type(output).__name__
+    if isinstance(output, ModelOutput) and "CausalLM" not in kind:
+        raise BillhookError(
+            f"The loss of the next token was asked for, but the model is no causal language model (it returns {kind}): "
+            "give batches with 'labels' of a classifier, or choose a method or options that need no loss."
+        )
 
 
 def label_losses(model: nn.Module, batch: Mapping[str, Tensor] | tuple[Tensor, Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from billhook.anatomy import Site
 from billhook.calibrate import distributed
 from billhook.calibrate.capture import Batch, Capture, feed
+from billhook.calibrate.fisher import refuse_non_causal
 from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError
 from billhook.models.source import Resident
@@ -28,13 +29,15 @@ def task_loss(output: Any, batch: Batch) -> Tensor:
     """The model's own loss on a batch, float64 scalar: next token for ids, cross-entropy for `labels`.
 
     Raises:
-        BillhookError: the batch has neither.
+        BillhookError: the batch has neither, or the model predicts no next token.
     """
-    logits: Tensor = getattr(output, "logits", output)
     ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
     labels = None if isinstance(batch, Tensor) else batch.get("labels")
+    logits: Tensor = getattr(output, "logits", output)
     if labels is not None and labels.ndim == 1:
         return nn.functional.cross_entropy(logits.float(), labels.to(logits.device)).double()
+    if ids is not None and not ids.is_floating_point():
+        refuse_non_causal(output)
     if ids is None or ids.is_floating_point() or logits.ndim != 3:
         raise BillhookError(
             "Ranking matrices needs a loss: give batches of token ids, or with 'labels' of a classifier."

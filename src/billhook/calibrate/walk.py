@@ -327,6 +327,7 @@ class Walk:
         self.site_records: list[SiteRecord] = []
         self.resumed_at = 0
         self.current: Block | None = None
+        self._remembered: dict[str, dict[str, float]] = {}
         self._state_kept = time.monotonic()
         self._snapshot_cost = 0.0  # seconds that saving the hidden states took last time
 
@@ -357,9 +358,12 @@ class Walk:
         """Every site of the model, in order."""
         return [site for block in self.sites for site in block]
 
-    def weights(self) -> Iterator[tuple[Site, Tensor]]:
-        """Every site with its present weight [out, in], one block in memory at a time; for reading only."""
-        for name, module, sites in zip(self.names, self.blocks, self.sites, strict=True):
+    def weights(self, wanted: Sequence[Site] | None = None) -> Iterator[tuple[Site, Tensor]]:
+        """Every site, or these, with its present weight [out, in], one block in memory at a time; for reading only."""
+        for name, module, all_sites in zip(self.names, self.blocks, self.sites, strict=True):
+            sites = [site for site in all_sites if wanted is None or site in wanted]
+            if not sites:
+                continue
             self.source.load(module, name, self.device)
             try:
                 for site in sites:
@@ -380,7 +384,9 @@ class Walk:
     def remembered(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """`make()`, computed once per run: a resumed walk reads what the killed one found."""
         if self.journal is None:
-            return make()
+            if name not in self._remembered:
+                self._remembered[name] = make()
+            return dict(self._remembered[name])
         if distributed.agree(int(self.journal.note(name) is not None)):
             return dict(self.journal.note(name) or {})
         made = make()
@@ -487,13 +493,13 @@ class Walk:
             parameters = dict(model.named_parameters())
             for name in outside:  # may be mapped from a file
                 parameters[name].data = parameters[name].data.clone()
+            blocks = [Block(self, index) for index in range(len(self.blocks))]  # they know the shapes as they are now
             yield model
             share = (time.perf_counter() - started) / len(self.blocks)
             distributed.from_main_([parameters[name].data for name in outside])
             if outside and self.journal is not None and distributed.is_main():
                 self.journal.commit_rest({name: parameters[name].data for name in outside})
-            for index in range(len(self.blocks)):
-                block = Block(self, index)
+            for block in blocks:
                 distributed.from_main_([p.data for p in block.module.parameters()])
                 block.seconds["solve"] = share
                 self._finish(block, None, time.perf_counter())

@@ -35,7 +35,7 @@ from billhook.models.checkpoint import Packed
 from billhook.models.files import DiskFull, Stored
 from billhook.models.load import load
 from billhook.models.source import Streamed, source_of
-from billhook.surgery.slim import is_slim, stock_class
+from billhook.surgery.slim import is_slim, reads_or_writes_some, stock_class
 
 log = logging.getLogger("billhook")
 
@@ -291,6 +291,8 @@ def _refuse_layer(folder: Path, index: int, dims: dict[str, Any], hidden: int, h
         raise _cannot(folder, where, "has a matrix in its residual connection (a residual adapter)")
     if set(dims["stream"]) != {hidden}:
         raise _cannot(folder, where, f"has a residual stream of width {min(dims['stream'])} instead of {hidden}")
+    if reads_or_writes_some(dims):
+        raise _cannot(folder, where, "reads or writes only some channels of the residual stream")
     if dims["fused"]:
         raise _cannot(folder, where, "has the scales of its norms multiplied into its weights (fused norms)")
     if not attention:

@@ -53,7 +53,7 @@ class _Trainable:
 
 
 class Loop:
-    """AdamW without weight decay, linear warm-up and decay, on chosen parameters of a module.
+    """AdamW, linear warm-up and decay unless told otherwise, on chosen parameters of a module.
 
     Parameters stored in bfloat16 or float16 have a float32 master that the optimizer steps on (small updates would
     vanish otherwise); after each step it is rounded into the parameter, so that the module is plain and up to date
@@ -75,6 +75,9 @@ class Loop:
         accumulate: micro-batches per step; their mean loss is what is minimised.
         autocast: compute the loss under bfloat16 autocast.
         generator: what `loss` draws from, saved and restored with the rest.
+        weight_decay: of all parameters, decoupled.
+        clip: largest norm of the gradient of all parameters together; None: none.
+        constant: keep the learning rate at its peak from the first step on.
 
     Attributes:
         step: optimizer steps taken.
@@ -96,6 +99,9 @@ class Loop:
         accumulate: int = 1,
         autocast: bool = False,
         generator: torch.Generator | None = None,
+        weight_decay: float = 0.0,
+        clip: float | None = None,
+        constant: bool = False,
     ) -> None:
         if steps < 0 or accumulate < 1 or not 0 <= warmup <= 1:
             raise BillhookError(
@@ -108,6 +114,8 @@ class Loop:
         self.accumulate = accumulate
         self.autocast = autocast
         self.generator = generator
+        self.clip = clip
+        self.constant = constant
         self.step = 0
         self.losses: list[float] = []
         self._warmup_steps = round(warmup * steps)
@@ -127,7 +135,7 @@ class Loop:
         self._device = self._trainables[0].parameter.device.type
         half = any(p.dtype == torch.float16 for p in module.parameters())
         self._scale = _FIRST_SCALE if half else 1.0
-        self._optimizer = torch.optim.AdamW(optimized, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(optimized, weight_decay=weight_decay)
 
     def run(self, until: int | None = None) -> list[float]:
         """Take steps until `until` of them are done (all, by default); returns the losses of all steps so far.
@@ -196,7 +204,9 @@ class Loop:
         if self._scale != 1:
             for gradient in gradients:
                 gradient.div_(self._scale)
-        factor = linear_schedule(self.step, self.steps, self._warmup_steps)
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_([t.master for t in self._trainables], self.clip)
+        factor = 1.0 if self.constant else linear_schedule(self.step, self.steps, self._warmup_steps)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self._optimizer.step()

@@ -9,11 +9,16 @@ A block's entry in `config.slim["layers"]`:
 
     {"attention": {"heads": 9, "kv_heads": 3, "qk": 64, "v": 64, "bias": [query, key, value, output],
                    "kv_of_head": [0, 0, 1, ...] where groups are unequal, "pairs": rotary pairs kept per key/value
-                   head where some were removed, "norms": whether queries and keys are normalised} or null,
-     "mlp": {"width": 1536, "bias": [in, out]} or null,
+                   head where some were removed, "norms": whether queries and keys are normalised,
+                   "reads", "writes": channels of the stream that it reads (after the norm, which sees all of them)
+                   and adds to, sorted, or null for all} or null,
+     "mlp": {"width": 1536, "bias": [in, out], "reads", "writes": as above} or null,
      "stream": [width in, width between attention and MLP, width out],
      "adapters": [attention, MLP]: whether the residual connection is a matrix,
      "fused": whether the norms' scales and offsets were multiplied into the weights that read them}
+
+Where channels of the stream were removed everywhere, `config.slim["narrowed"]` says what is narrower outside the
+blocks: {"parameters": {full name: shape}, "norms": [paths]}; `config.slim["hidden"]` stays the width before.
 """
 
 from __future__ import annotations
@@ -57,11 +62,82 @@ class SlimNorm(nn.Module):
         return f"divisor={self.divisor}, eps={self.eps}"
 
 
-class SlimAttention(nn.Module):
+class NarrowNorm(nn.Module):
+    """A norm of a stream that lost channels: it goes on counting them, as zeros.
+
+    With `divisor` channels D before and k now, the mean of a LayerNorm is m = Σx / D and its variance
+    (Σ(x − m)² + (D − k) m²) / D; the mean square of an RMSNorm is Σx² / D.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, norm: Any, width: int, divisor: int, plus_one: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.divisor = divisor
+        self.eps = _eps(norm)
+        self.centred = bool(getattr(norm, "centred", isinstance(norm, nn.LayerNorm)))
+        self.plus_one = plus_one  # scales are stored as their difference from one
+        for name in ("weight", "bias"):
+            own = getattr(norm, name, None)
+            new = None if own is None else nn.Parameter(torch.zeros(width, device=own.device, dtype=own.dtype))
+            self.register_parameter(name, new)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        if self.centred:
+            mean = wide.sum(-1, keepdim=True) / self.divisor
+            wide = wide - mean
+            total = wide.square().sum(-1, keepdim=True) + (self.divisor - self.width) * mean.square()
+        else:
+            total = wide.square().sum(-1, keepdim=True)
+        wide = wide * torch.rsqrt(total / self.divisor + self.eps)
+        if self.weight is not None:
+            wide = wide * (self.weight + 1 if self.plus_one else self.weight)
+        if self.bias is not None:
+            wide = wide + self.bias
+        return wide.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, divisor={self.divisor}, eps={self.eps}"
+
+
+class SlimPart(nn.Module):
+    """Attention or MLP of a block: it may read only some channels of the stream, and add to only some."""
+
+    def __init__(self, dims: dict[str, Any]) -> None:
+        super().__init__()
+        self.reads: list[int] | None = dims.get("reads")
+        self.writes: list[int] | None = dims.get("writes")
+        self._indices: dict[tuple[str, torch.device], Tensor] = {}
+
+    def select(self, x: Tensor) -> Tensor:
+        """The channels of the normalised stream that this part reads."""
+        return x if self.reads is None else x.index_select(-1, self._index("reads", self.reads, x.device))
+
+    def spread(self, y: Tensor, like: Tensor) -> Tensor:
+        """What this part adds to the stream, with zeros in the channels that it leaves alone."""
+        return y if self.writes is None else self.add(torch.zeros_like(like), y)
+
+    def add(self, total: Tensor, y: Tensor) -> Tensor:
+        """The stream after this part's output was added."""
+        if self.writes is None:
+            return total + y
+        return total.index_add(-1, self._index("writes", self.writes, y.device), y.to(total.dtype))
+
+    def _index(self, name: str, values: list[Any], device: torch.device) -> Tensor:
+        if (name, device) not in self._indices:
+            with torch.inference_mode(False):  # or it is of no use to a later pass with gradients
+                self._indices[name, device] = torch.tensor(values, device=device)
+        return self._indices[name, device]
+
+
+class SlimAttention(SlimPart):
     """Attention with its own number of heads, of key/value heads, and of channels per head for keys and values."""
 
     def __init__(self, stock: Any, slim: dict[str, Any], dims: dict[str, Any], width: int, out: int) -> None:
-        super().__init__()
+        super().__init__(dims)
         self.config = stock.config
         self.layer_idx = getattr(stock, "layer_idx", None)
         self.scaling = stock.scaling  # of the width before pruning
@@ -78,9 +154,10 @@ class SlimAttention(nn.Module):
         self.pairs = dims.get("pairs")
         self.rotary_dim = slim["rotary_dim"]  # channels that rotate, of the width before pruning
         self.num_key_value_groups = 1 if self.kv_of_head else self.heads // self.kv_heads
-        self._indices: dict[tuple[str, torch.device], Tensor] = {}
 
         bias = dims["bias"]
+        width = width if self.reads is None else len(self.reads)
+        out = out if self.writes is None else len(self.writes)
         self.q_proj = nn.Linear(width, self.heads * self.qk, bias=bias[0])
         self.k_proj = nn.Linear(width, self.kv_heads * self.qk, bias=bias[1])
         self.v_proj = nn.Linear(width, self.kv_heads * self.v, bias=bias[2])
@@ -140,17 +217,14 @@ class SlimAttention(nn.Module):
         index = self._index("owner", owner, cos.device)
         return _rotary(query, cos[:, index], sin[:, index]), _rotary(key, cos, sin)
 
-    def _index(self, name: str, values: list[Any], device: torch.device) -> Tensor:
-        if (name, device) not in self._indices:
-            self._indices[name, device] = torch.tensor(values, device=device)
-        return self._indices[name, device]
 
-
-class SlimMLP(nn.Module):
+class SlimMLP(SlimPart):
     """A feed-forward layer, gated or not."""
 
     def __init__(self, activation: nn.Module, slim: dict[str, Any], dims: dict[str, Any], width: int, out: int) -> None:
-        super().__init__()
+        super().__init__(dims)
+        width = width if self.reads is None else len(self.reads)
+        out = out if self.writes is None else len(self.writes)
         if slim["gated"]:
             self.gate_proj = nn.Linear(width, dims["width"], bias=dims["bias"][0])
         self.up_proj = nn.Linear(width, dims["width"], bias=dims["bias"][0])
@@ -185,7 +259,7 @@ class SlimBlock(GradientCheckpointingLayer):
         self.register_module("mlp", SlimMLP(activation, slim, mlp, entering, after) if mlp else None)
         for name, path in zip(NORMS[self.layout], slim["norms"], strict=False):
             norm = stock.get_submodule(path)
-            setattr(self, name, SlimNorm(slim["hidden"], _eps(norm)) if dims["fused"] else norm)
+            setattr(self, name, SlimNorm(slim["hidden"], _eps(norm)) if dims["fused"] else narrowed(norm, before, slim))
         first, second = dims["adapters"]
         self.register_module("attention_adapter", nn.Linear(before, between, bias=False) if first else None)
         self.register_module("mlp_adapter", nn.Linear(between, after, bias=False) if second else None)
@@ -201,35 +275,37 @@ class SlimBlock(GradientCheckpointingLayer):
             cache.update(empty, empty, self.layer_idx)
 
         def attention(h: Tensor) -> Tensor:
-            return self._drop(self.self_attn(h, cache=cache, **kwargs)[0])
+            return self._drop(self.self_attn(self.self_attn.select(h), cache=cache, **kwargs)[0])
 
         def mlp(h: Tensor) -> Tensor:
-            return self._drop(self.mlp(h))
+            return self._drop(self.mlp(self.mlp.select(h)))
 
         if self.layout == "parallel":
             total = x if self.attention_adapter is None else self.attention_adapter(x)
             normed = self.input_layernorm(x)
             second = self.post_attention_layernorm(x) if hasattr(self, "post_attention_layernorm") else normed
             if self.self_attn is not None:
-                total = total + attention(normed)
-            return total if self.mlp is None else total + mlp(second)
+                total = self.self_attn.add(total, attention(normed))
+            return total if self.mlp is None else self.mlp.add(total, mlp(second))
         total = x if self.attention_adapter is None else self.attention_adapter(x)
         if self.self_attn is not None:
             if self.layout == "sequential":
-                total = total + attention(self.input_layernorm(x))
+                total = self.self_attn.add(total, attention(self.input_layernorm(x)))
             elif self.layout == "sandwich":
-                total = total + self.post_attention_layernorm(attention(self.input_layernorm(x)))
+                added = self.self_attn.spread(attention(self.input_layernorm(x)), total)
+                total = total + self.post_attention_layernorm(added)
             else:
-                total = total + attention(x)
+                total = self.self_attn.add(total, attention(x))
         x = self.input_layernorm(total) if self.layout == "post" else total
         total = x if self.mlp_adapter is None else self.mlp_adapter(x)
         if self.mlp is not None:
             if self.layout == "sequential":
-                total = total + mlp(self.post_attention_layernorm(x))
+                total = self.mlp.add(total, mlp(self.post_attention_layernorm(x)))
             elif self.layout == "sandwich":
-                total = total + self.post_feedforward_layernorm(mlp(self.pre_feedforward_layernorm(x)))
+                added = self.mlp.spread(mlp(self.pre_feedforward_layernorm(x)), total)
+                total = total + self.post_feedforward_layernorm(added)
             else:
-                total = total + mlp(x)
+                total = self.mlp.add(total, mlp(x))
         return self.post_attention_layernorm(total) if self.layout == "post" else total
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -250,7 +326,17 @@ def rebuild(model: Any, slim: dict[str, Any]) -> None:
     for index, dims in enumerate(slim["layers"]):
         blocks[index] = SlimBlock(blocks[index], slim, dims)
     stream = [slim["layers"][0]["stream"][0], slim["layers"][-1]["stream"][2]]
-    if stream[0] != slim["hidden"]:
+    lost = slim.get("narrowed") or {"parameters": {}, "norms": []}
+    for path in lost["norms"]:
+        replace(model, path, narrowed(model.get_submodule(path), stream[0], slim))
+    for name, shape in lost["parameters"].items():
+        owner, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(owner)
+        setattr(holder, leaf, nn.Parameter(torch.empty(shape, device=getattr(holder, leaf).device)))
+        tell_width(holder)
+    if lost["parameters"]:
+        model.tie_weights()
+    elif stream[0] != slim["hidden"]:
         for path in slim["embeddings"]:
             old = model.get_submodule(path)
             old.weight = nn.Parameter(torch.empty(old.weight.shape[0], stream[0], device=old.weight.device))
@@ -269,10 +355,28 @@ def record_outputs(model: Any, stock: bool = False) -> None:
     except ImportError:  # a version of Transformers that looks at the attribute only
         registry = {}
     for module in model.modules():
+        module.__dict__.pop("_output_capturing_hooks_installed", None)  # they are on the blocks from before
         if getattr(module, "_can_record_outputs", None):
             if not stock:
                 module._can_record_outputs = {"hidden_states": SlimBlock, "attentions": SlimAttention}
             registry[module] = module._can_record_outputs
+
+
+def narrowed(norm: nn.Module, width: int, slim: dict[str, Any]) -> nn.Module:
+    """The norm for a stream of `width` channels; itself where it is such a one already. Its weights are not set."""
+    if width == getattr(norm, "width", slim["hidden"]):
+        return norm
+    return NarrowNorm(norm, width, slim["hidden"], slim.get("norm_plus_one", False))
+
+
+def tell_width(module: Any) -> None:
+    """Let a module that was given a narrower weight say the widths it has."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels = module.weight.shape[0]
 
 
 def replace(model: nn.Module, path: str, new: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from billhook.anatomy import Anatomy
 from billhook.errors import BillhookError
 from billhook.surgery.modeling_slim import NORMS, SlimNorm, _eps, replace
+from billhook.surgery.slim import reads_or_writes_some
 
 
 def check_rotatable(model: Any, anatomy: Anatomy) -> None:
@@ -27,6 +28,15 @@ def check_rotatable(model: Any, anatomy: Anatomy) -> None:
         raise BillhookError(
             f"Family {slim['family']!r} normalises what its sublayers add to the residual stream, so the stream cannot "
             "be rotated: use a method that narrows blocks instead, such as fasp or modegpt."
+        )
+    if any(reads_or_writes_some(dims) for dims in slim["layers"]):
+        raise BillhookError(
+            "Blocks of this model read or write only some channels of the residual stream, so the stream cannot be "
+            "rotated: rotate first, or use a method that narrows blocks."
+        )
+    if slim.get("narrowed"):
+        raise BillhookError(
+            "Channels of this model's residual stream were removed, so it cannot be rotated: rotate the original model."
         )
     for path in anatomy.embeddings:
         table = model.get_submodule(path)

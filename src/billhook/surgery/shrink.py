@@ -9,20 +9,33 @@ slices in several tensors leave together.
     value channel j    one row of value per key/value head, one column of output per query head that reads it
     rotary pair p      two rows of query and of key per head, which rotate together
     channel c          (no rotary embedding) one row of query and of key per head
+    hidden dimension c one channel of the residual stream, in all that writes, normalises or reads it, in every block
+    stream channel c   of what a part reads: one column of query, key and value, or of gate and up; of what it writes:
+                       one row of output, or of down, and of its bias (the stream itself keeps its width)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from billhook.anatomy import anatomy_of, find_blocks
+from billhook.anatomy import Anatomy, anatomy_of, find_blocks
+from billhook.anatomy.anatomy import join
 from billhook.errors import BillhookError
-from billhook.surgery.modeling_slim import SlimAttention, SlimBlock
-from billhook.surgery.slim import refresh
+from billhook.surgery.modeling_slim import (
+    NORMS,
+    NarrowNorm,
+    SlimAttention,
+    SlimBlock,
+    narrowed,
+    replace,
+    tell_width,
+)
+from billhook.surgery.rotate import readers, writers
+from billhook.surgery.slim import dims_of, reads_or_writes_some, refresh
 
 
 def keep_neurons_(block: nn.Module, keep: Tensor) -> None:
@@ -92,6 +105,44 @@ def keep_channels_(block: nn.Module, keep: Tensor) -> None:
     _query_key(attention, _each_checked(keep, attention.qk, "query/key channels").cpu())
 
 
+Part = Literal["attention", "mlp"]
+
+
+def keep_reads_(block: nn.Module, part: Part, keep: Tensor) -> None:
+    """Keep these of the stream channels that the attention or MLP reads, [k] indices into its present inputs.
+
+    The norm before it still sees the whole stream.
+    """
+    module = _part(block, part)
+    matrices = [getattr(module, name) for name in _READERS if hasattr(module, name)]
+    width = matrices[0].in_features
+    keep = _checked(keep, width, "channels read")
+    for linear in matrices:
+        _columns(linear, keep)
+    module.reads = _subset(module.reads, keep, width)
+    module._indices.clear()
+
+
+def keep_writes_(block: nn.Module, part: Part, keep: Tensor) -> None:
+    """Keep these of the stream channels that the attention or MLP adds to, [k] indices into its present outputs.
+
+    Without any it is removed, and the stream passes.
+    """
+    module = _part(block, part)
+    if keep.numel() == 0:
+        (drop_attention_ if part == "attention" else drop_mlp_)(block)
+        return
+    linear = module.o_proj if part == "attention" else module.down_proj
+    width = linear.out_features
+    keep = _checked(keep, width, "channels written")
+    _rows(linear, keep)
+    module.writes = _subset(module.writes, keep, width)
+    module._indices.clear()
+
+
+_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
 def fold_value_bias_(attention: Any) -> None:
     """Attention rows sum to one, so a value bias reaches every token as the constant W_O b_V: put it there, exactly.
 
@@ -137,6 +188,127 @@ def keep_blocks_(model: Any, keep: Sequence[int]) -> None:
     model.config.slim["kept_layers"] = kept
     refresh(model)
     model.config.slim["kept_layers"] = list(range(len(kept)))
+
+
+def keep_hidden_(model: Any, keep: Tensor) -> None:
+    """Keep these channels of the residual stream of a slim model, [k], in all that writes, normalises or reads it.
+
+    That is embeddings (of positions, token types and patches too), norms, attention, MLP, and what reads the last
+    hidden state: head, pooler, classifier; a tied head stays tied. Norms go on dividing by the width before, the lost
+    channels counting as zeros. The result is therefore exactly the model whose channels are zero in all that writes
+    them and in the norms' scales and offsets, for LayerNorms too. A base model returns the channels that stay.
+
+    Raises:
+        BillhookError: the weights are on disk, the stream was rotated or is read in part, or what reads or writes it
+            outside the blocks is not known.
+    """
+    if not hasattr(model.config, "slim"):
+        raise BillhookError(f"{type(model).__name__} is a stock model: make it slim first, with slim_(model).")
+    anatomy, slim = anatomy_of(model), model.config.slim
+    blocks: list[Any] = list(find_blocks(model, anatomy))
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise BillhookError("Channels leave all weights at once, so these have to be in memory: load without stream.")
+    if any(dims["fused"] or any(dims["adapters"]) or reads_or_writes_some(dims) for dims in map(dims_of, blocks)):
+        raise BillhookError(
+            "The residual stream of this model was rotated, or some blocks read or write only a part of it, so "
+            "channels cannot be removed from all of it: start from the original model."
+        )
+    width = blocks[0].stream[0]
+    keep = _checked(keep, width, "hidden dimensions")
+    slices, norms = _around(model, anatomy, width)
+    for block in blocks:
+        for linear in (*readers(block, "attention"), *readers(block, "mlp")):
+            _columns(linear, keep)
+        for linear in writers(block):
+            _rows(linear, keep)
+        for name in NORMS[block.layout]:
+            if hasattr(block, name):
+                setattr(block, name, _narrowed(getattr(block, name), keep, slim))
+        block.stream = (len(keep),) * 3
+    lost = slim.setdefault("narrowed", {"parameters": {}, "norms": norms})
+    for path in norms:
+        replace(model, path, _narrowed(model.get_submodule(path), keep, slim))
+    for name, dim in slices:
+        owner, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(owner)
+        old = getattr(holder, leaf)
+        new = old.data.index_select(dim, keep.to(old.device))
+        setattr(holder, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+        tell_width(holder)
+        lost["parameters"][name] = list(new.shape)
+    model.tie_weights()
+    refresh(model)
+
+
+def _around(model: Any, anatomy: Anatomy, width: int) -> tuple[list[tuple[str, int]], list[str]]:
+    """What of the stream is outside the blocks: (parameter, dimension of its channels), and paths of norms.
+
+    Raises:
+        BillhookError: it is not known, or a shape is not that of a part of the stream.
+    """
+    slices: list[tuple[str, int]] = []
+    norms: list[str] = []
+
+    def add(path: str, leaf: str, dim: int) -> None:
+        parameter = getattr(model.get_submodule(path), leaf, None)
+        if parameter is None:
+            return
+        if parameter.shape[dim] != width:
+            raise BillhookError(
+                f"{path}.{leaf} has the shape {list(parameter.shape)}, which does not fit a residual stream of {width} "
+                "channels: leave the hidden dimension whole."
+            )
+        slices.append((f"{path}.{leaf}", dim))
+
+    def add_written(path: str) -> None:
+        for inner, module in model.get_submodule(path).named_modules():
+            name = join(path, inner)
+            if isinstance(module, nn.LayerNorm | NarrowNorm):
+                norms.append(name)
+            elif isinstance(module, nn.Linear | nn.Conv2d):
+                add(name, "weight", 0)
+                add(name, "bias", 0)
+            else:
+                for leaf in module._parameters:
+                    add(name, leaf, -1)
+
+    for path in anatomy.embeddings:
+        add_written(path)
+    if anatomy.final_norm and _has(model, anatomy.final_norm):
+        norms.append(anatomy.final_norm)
+    between = [path for path in anatomy.readers if _has(model, path)]
+    for path in between:
+        add(path, "weight", 1)
+    if anatomy.transform and _has(model, anatomy.transform):
+        if f"{anatomy.head}.weight" in (model.all_tied_weights_keys or {}):  # it ends in the embeddings' channels
+            add_written(anatomy.transform)
+            add(str(anatomy.head), "weight", 1)
+    elif anatomy.head and not between:
+        add(anatomy.head, "weight", 1)
+    elif not between and model.base_model is not model:
+        raise BillhookError(
+            f"What reads the last hidden state of {type(model).__name__} is not declared: leave the hidden dimension "
+            "whole, or name its path as head or readers in the anatomy of its family."
+        )
+    return slices, norms
+
+
+def _narrowed(norm: Any, keep: Tensor, slim: dict[str, Any]) -> nn.Module:
+    new = narrowed(norm, len(keep), slim)
+    if new is not norm:
+        for name, parameter in new.named_parameters():
+            old = getattr(norm, name)
+            parameter.data.copy_(old.data[keep.to(old.device)])
+            parameter.requires_grad_(old.requires_grad)
+    return new.train(norm.training)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 # -- what is where ----------------------------------------------------------------------------------------
@@ -205,6 +377,21 @@ def _slim(block: nn.Module) -> Any:
     if not isinstance(block, SlimBlock):
         raise BillhookError(f"{type(block).__name__} is a stock block: make the model slim first, with slim_(model).")
     return block
+
+
+def _part(block: nn.Module, part: Part) -> Any:
+    if part == "attention":
+        return _attention(block)
+    if _slim(block).mlp is None:
+        raise BillhookError("The MLP of this block was removed already.")
+    return block.mlp
+
+
+def _subset(before: list[int] | None, keep: Tensor, width: int) -> list[int] | None:
+    """Channels of the stream, from indices into those that were left before; None for all of them."""
+    if before is None:
+        return None if len(keep) == width else keep.tolist()
+    return [before[i] for i in keep.tolist()]
 
 
 def _attention(block: nn.Module) -> Any:

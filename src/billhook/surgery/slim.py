@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from billhook.anatomy import Anatomy, anatomy_of, families, find_blocks
+from billhook.anatomy import Anatomy, anatomy_of, families, find_blocks, fitted
 from billhook.errors import BillhookError
 from billhook.surgery import modeling_slim
 from billhook.surgery.modeling_slim import NORMS, Slim, SlimBlock, SlimNorm
@@ -48,6 +49,13 @@ def slim_(model: Any) -> dict[str, str]:
         )
     if not isinstance(model, transformers.PreTrainedModel):
         raise BillhookError(f"{type(model).__name__} is not a Transformers model, so its blocks cannot be reshaped.")
+    known = {*anatomy.attention.inputs, anatomy.attention.output, *anatomy.mlp.inputs, anatomy.mlp.output}
+    for name, module in find_blocks(model, anatomy)[0].named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and name not in known:
+            raise BillhookError(
+                f"Blocks of this {type(model).__name__} hold {name!r} besides one attention and one MLP, so nothing "
+                "can be removed from them as a whole: use a method that sets weights to zero, such as wanda."
+            )
     model.config.slim = spec = _spec(model, anatomy)
     container: Any = model.get_submodule(anatomy.blocks)
     names: dict[str, str] = {}
@@ -82,9 +90,19 @@ def refresh(model: Any) -> None:
     if kinds is not None and len(kinds) != len(slim["layers"]):
         model.config.layer_types = [kinds[i] for i in slim["kept_layers"]]
     name = type(model).__name__
-    auto = "AutoModelForCausalLM" if anatomy.input == "input_ids" else "AutoModelForImageClassification"
     model.config.architectures = [name]
-    model.config.auto_map = {auto: f"modeling_slim.{name}"}
+    model.config.auto_map = {auto_class(model): f"modeling_slim.{name}"}
+
+
+def auto_class(model: Any) -> str:
+    """The name of the Transformers class that loads such a model by its configuration, such as AutoModelForCausalLM."""
+    kind, name = model.config.model_type, (stock_class(type(model)) if is_slim(model) else type(model)).__name__
+    for auto in modeling_auto.__all__:
+        if auto.startswith("AutoModelFor") and auto not in ("AutoModelForPreTraining", "AutoModelForTextEncoding"):
+            found = getattr(modeling_auto, auto)._model_mapping._model_mapping.get(kind)
+            if name == found or (isinstance(found, tuple) and name in found):
+                return str(auto)
+    return "AutoModel"
 
 
 def dims_of(block: nn.Module) -> dict[str, Any]:
@@ -103,16 +121,35 @@ def dims_of(block: nn.Module) -> dict[str, Any]:
             "kv_of_head": attention.kv_of_head,
             "pairs": attention.pairs,
             "norms": hasattr(attention, "q_norm"),
+            "reads": attention.reads,
+            "writes": attention.writes,
         }
     if mlp is not None:
         entry["mlp"] = {
             "width": mlp.down_proj.in_features,
             "bias": [mlp.up_proj.bias is not None, mlp.down_proj.bias is not None],
+            "reads": mlp.reads,
+            "writes": mlp.writes,
         }
     entry["stream"] = list(block.stream)
     entry["adapters"] = [block.attention_adapter is not None, block.mlp_adapter is not None]
     entry["fused"] = any(isinstance(m, SlimNorm) for m in block.children())
     return entry
+
+
+def reads_or_writes_some(dims: dict[str, Any]) -> bool:
+    """Whether a part of the block of this description reads or adds to only some channels of the residual stream."""
+    parts = [part for part in (dims["attention"], dims["mlp"]) if part]
+    return any(part.get(name) is not None for part in parts for name in ("reads", "writes"))
+
+
+def shaped(block: nn.Module, slim: dict[str, Any], dims: dict[str, Any]) -> SlimBlock:
+    """A slim block of the shapes of `dims` without weights; norms and activation are those of `block`."""
+    assert isinstance(block, SlimBlock)
+    own = {**slim, "attention": "self_attn", "activation": "mlp.act_fn", "norms": _norm_names(block)}
+    own |= {"query_norm": "q_norm", "key_norm": "k_norm"}
+    with torch.device("meta"):
+        return SlimBlock(block, own, dims)
 
 
 def resize_(block: nn.Module, slim: dict[str, Any], dims: dict[str, Any]) -> None:
@@ -121,10 +158,7 @@ def resize_(block: nn.Module, slim: dict[str, Any], dims: dict[str, Any]) -> Non
     if dims_of(block) == dims:
         return
     device = next((p.device for p in block.parameters()), torch.device("cpu"))
-    own = {**slim, "attention": "self_attn", "activation": "mlp.act_fn", "norms": _norm_names(block)}
-    own |= {"query_norm": "q_norm", "key_norm": "k_norm"}
-    with torch.device("meta"):
-        new = SlimBlock(block, own, dims)
+    new = shaped(block, slim, dims)
     dtype = next((p.dtype for p in block.parameters() if p.ndim == 2), torch.get_default_dtype())
     for module in new.modules():
         if isinstance(module, nn.Linear):
@@ -148,7 +182,7 @@ def settle_(model: Any) -> dict[str, str]:
     if stock is None:
         return {}
     base = stock_class(type(model))
-    anatomy = _stock_anatomy(model.config)
+    anatomy = _stock_anatomy(model)
     with torch.device("meta"):
         shape = base(stock)
     container: Any = model.get_submodule(anatomy.blocks)
@@ -185,7 +219,7 @@ def heads_may_leave(model: Any) -> bool:
     config.num_hidden_layers = 1
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[:1]
-    anatomy = _stock_anatomy(config)
+    anatomy = _stock_anatomy(model)
     assert anatomy.attention is not None
     try:
         with torch.device("meta"):
@@ -256,6 +290,7 @@ def _spec(model: Any, anatomy: Anatomy) -> dict[str, Any]:
         "final_norm": anatomy.final_norm,
         "head": anatomy.head,
         "head_bias": getattr(head, "bias", None) is not None,
+        "norm_plus_one": anatomy.norm_plus_one,
         "fused_final": False,
         "kept_layers": list(range(len(blocks))),
     }
@@ -431,8 +466,8 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
             holder._parameters[leaf] = nn.Parameter(tensors[name], requires_grad=tensors[name].is_floating_point())
 
 
-def _stock_anatomy(config: Any) -> Anatomy:
-    return families()[config.model_type]
+def _stock_anatomy(model: Any) -> Anatomy:
+    return fitted(model, families()[model.config.model_type])
 
 
 def _stock_config(model: Any) -> Any:
@@ -452,10 +487,12 @@ def _stock_config(model: Any) -> Any:
         return None
     if attention["pairs"] or attention["kv_of_head"] or attention["qk"] != attention["v"]:
         return None
+    if reads_or_writes_some(first):
+        return None
     config = copy.deepcopy(model.config)
     for name in ("slim", "auto_map"):
         delattr(config, name)
-    anatomy = _stock_anatomy(config)
+    anatomy = _stock_anatomy(model)
     assert anatomy.mlp is not None
     if hasattr(config, "head_dim") or attention["heads"] * attention["qk"] != slim["hidden"]:
         config.head_dim = attention["qk"]
