@@ -154,6 +154,55 @@ def test_prune_24(call: Call, make_folder: MakeFolder, corpus: Path) -> None:
     assert ((weight.view(-1, 4) != 0).sum(1) == 2).all()
 
 
+def test_an_encoder_is_pruned_on_text_and_not_measured(
+    call: Call, make_folder: MakeFolder, corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_folder("bert")
+    for method, goal in (("wanda", "--sparsity"), ("fasp", "--target-size"), ("fasp", "--target-flops")):
+        out = f"{method}{goal}"
+        done = call("prune", folder, "-m", method, goal, 0.8, "-o", out, *short(corpus))
+        assert done.code == 0, done.err
+        assert caplog.messages == [
+            "BertForMaskedLM predicts no next token: its quality, a perplexity, is not measured."
+        ]
+        caplog.clear()
+        report = bh.Report.read(Path(out))
+        assert (report.before, report.after) == (None, None)
+        assert report.calibration is not None
+        assert "quality of the pruned model was not measured" in (Path(out) / "README.md").read_text()
+    assert call("prune", folder, "-m", "wanda", "-o", "quiet", "--no-eval", *short(corpus)).code == 0
+    assert not caplog.messages
+    asked = call("eval", folder, "--data", f"text:{corpus}")
+    assert asked.code == 2
+    assert "is not a language model with a tokenizer, so it has no perplexity" in asked.error
+    table = call("compare", folder, "--methods", "wanda", "--sparsity", 0.5, "-o", "table", *short(corpus))
+    assert table.code == 2
+    assert "A comparison needs perplexities: use a language model" in table.err
+
+
+def test_two_goals_are_one_too_many(call: Call, make_folder: MakeFolder, corpus: Path) -> None:
+    goals = ["--sparsity", 0.25, "--target-flops", 0.8]
+    done = call("prune", make_folder(), "-m", "fasp", *goals, "-o", "x", *short(corpus))
+    assert done.code == 2
+    assert done.error == (
+        "Error: Method fasp: sparsity and target_flops both say how much to remove: leave one of them out."
+    )
+    done = call("prune", make_folder(), "-m", "shortgpt", "--target-flops", 0.8, "-o", "x", *short(corpus))
+    assert done.code == 2
+    assert "target_flops=0.8 cannot be reached: the nearest that ShortGPT comes to is" in done.error
+    assert not Path("x").exists()
+
+
+def test_the_recorded_recipe_of_a_target_runs_again(call: Call, make_folder: MakeFolder, corpus: Path) -> None:
+    options = ["-m", "fasp", "--target-size", 0.8, "-o", "x", *short(corpus)]
+    assert call("prune", make_folder(), *options).code == 0
+    text = (Path("x") / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    Path("recipe.yaml").write_text(text)
+    done = call("run", "recipe.yaml", "--out", "y")
+    assert done.code == 0, done.err
+    assert (Path("x") / "model.safetensors").read_bytes() == (Path("y") / "model.safetensors").read_bytes()
+
+
 def test_prune_without_data_options_of_a_vision_model(call: Call, make_folder: MakeFolder) -> None:
     done = call("prune", make_folder("vit"), "-m", "magnitude", "--sparsity", 0.25, "-o", "x", "--json", "-q")
     assert done.code == 0, done.err

@@ -245,5 +245,5 @@ def test_options_that_cannot_be(options: dict[str, Any], match: str) -> None:
 
 
 def test_a_method_that_does_not_exist() -> None:
-    with pytest.raises(BillhookError, match=r"No method 'wnda' \(did you mean 'wanda'\?\): there are dotresize"):
+    with pytest.raises(BillhookError, match=r"No method 'wnda' \(did you mean 'wanda'\?\): there are disp-llm,"):
         bh.method("wnda")

@@ -37,6 +37,7 @@ _VIT = {
     "patch_size": 8,
     "num_labels": 5,
 }
+_BERT = {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}
 
 # family name -> (model class, configuration class, its options)
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -72,15 +73,25 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma": ("GemmaForCausalLM", "GemmaConfig", _GEMMA),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**_GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 8}),
     "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**_GEMMA, "sliding_window": 8}),
+    "bert": ("BertForMaskedLM", "BertConfig", _BERT),
     "vit": ("ViTForImageClassification", "ViTConfig", _VIT),
     "deit": ("DeiTForImageClassification", "DeiTConfig", _VIT),
 }
-TEXT_FAMILIES = [name for name in FAMILIES if name not in ("vit", "deit")]
+TEXT_FAMILIES = [name for name in FAMILIES if name not in ("bert", "vit", "deit")]  # that write text
+# other classes of a family: what reads the last hidden state differs
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert-base": ("BertModel", "BertConfig", _BERT),
+    "bert-classifier": ("BertForSequenceClassification", "BertConfig", {**_BERT, "num_labels": 5}),
+    "bert-tagger": ("BertForTokenClassification", "BertConfig", {**_BERT, "num_labels": 5}),
+    "llama-base": ("LlamaModel", "LlamaConfig", _LLAMA),
+    "llama-classifier": ("LlamaForSequenceClassification", "LlamaConfig", {**_LLAMA, "num_labels": 5}),
+    "vit-base": ("ViTModel", "ViTConfig", _VIT),
+}
 
 
 def build(family: str, seed: int = 0) -> nn.Module:
-    """A tiny random model of a family, with weights of usable size, in evaluation mode."""
-    cls, config, options = FAMILIES[family]
+    """A tiny random model of a family (or another class of one), with weights of usable size, in evaluation mode."""
+    cls, config, options = (FAMILIES | OTHERS)[family]
     torch.manual_seed(seed)
     model: nn.Module = getattr(transformers, cls)(getattr(transformers, config)(**options))
     with torch.no_grad():
@@ -95,7 +106,7 @@ def build(family: str, seed: int = 0) -> nn.Module:
 def batches_for(family: str, count: int = 3, size: int = 2, seed: int = 1) -> list[torch.Tensor]:
     """Calibration batches that fit a family's input."""
     generator = torch.Generator().manual_seed(seed)
-    if family in ("vit", "deit"):
+    if family.startswith(("vit", "deit")):
         return [torch.randn(size, 3, 32, 32, generator=generator) for _ in range(count)]
     return [torch.randint(3, VOCABULARY, (size, 24), generator=generator) for _ in range(count)]
 

@@ -104,6 +104,7 @@ class Report(_Record):
     status: str = "finished"
     model: str  # what the user typed
     family: str
+    loader: str | None = None  # the Transformers class that loads the result, such as AutoModelForCausalLM
     recipe: list[dict[str, Any]]
     seed: int = 0
     device: str = "cpu"

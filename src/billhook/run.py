@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy, anatomy_of
@@ -24,7 +25,7 @@ from billhook.calibrate.precision import Precision, resolve
 from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError
 from billhook.export import Target, assemble, expand, write_pages
-from billhook.measure import evaluate, folder_size, model_size
+from billhook.measure import evaluate, folder_size, has_perplexity, model_size
 from billhook.methods import Method
 from billhook.models.checkpoint import Checkpoint
 from billhook.models.files import DiskFull, write_atomically
@@ -33,7 +34,7 @@ from billhook.models.source import Streamed, dtype_of, source_of
 from billhook.recipe import Job
 from billhook.record import FILE, Calibration, Evaluation, Report, Size, StepRecord
 from billhook.surgery.slim import FILE as MODELLING_FILE
-from billhook.surgery.slim import is_slim, only_renames, settle_, slim_
+from billhook.surgery.slim import auto_class, is_slim, only_renames, settle_, slim_
 from billhook.system import machine, parse_bytes, parse_device, parse_dtype, peak_memory, versions
 
 log = logging.getLogger("billhook")
@@ -138,6 +139,8 @@ def execute(job: Job, *, force: bool = False) -> tuple[Report, bool]:
     refuse_source(model, target)
     family = anatomy_of(model)
     batches, windows, calibration = prepare_data(job, model, tokenizer, family, steps)
+    if job.eval and windows is None and distributed.is_main():
+        log.warning("%s predicts no next token: its quality, a perplexity, is not measured.", type(model).__name__)
     if windows is not None and not force and any(method.trains for method in steps):
         _refuse_overlap(batches, windows)
     if batches:  # without any, nothing comes before the steps' own checks
@@ -372,7 +375,7 @@ def prepare_data(
         seed=job.seed,
         fingerprint=data.fingerprint(batches),
     )
-    if not job.eval:
+    if not job.eval or not has_perplexity(model):
         return batches, None, calibration
     length = job.eval_length or min(1024, limit or 1024)
     windows = data.evaluation(job.eval_data or job.data, tokenizer, length=length)[: job.eval_windows]
@@ -421,11 +424,13 @@ def _blank(model: nn.Module, steps: Sequence[Method], options: Options, name: st
     family = anatomy_of(model, options.anatomy)
     dtype = dtype_of(model)
     first = next(model.parameters()).device
+    known = isinstance(model, transformers.PreTrainedModel)
     device = torch.device(options.device or ("cpu" if first.type == "meta" else first))
     return Report(
         billhook=versions().get("billhook", "0"),
         model=name,
         family=family.family,
+        loader=auto_class(model) if known else None,
         recipe=[{"method": method.name, **method.options()} for method in steps],
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -487,7 +492,7 @@ def evaluate_model(
     where = parse_device(device)
     model, tokenizer = load(name, dtype=parse_dtype(dtype), stream=True)
     family = anatomy_of(model)
-    if family.input != "input_ids" or tokenizer is None:
+    if family.input != "input_ids" or tokenizer is None or not has_perplexity(model):
         raise BillhookError(f"{name} is not a language model with a tokenizer, so it has no perplexity.")
     limit = position_limit(model)
     if limit and length and length > limit:

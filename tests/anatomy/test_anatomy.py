@@ -46,16 +46,18 @@ def test_every_linear_layer_in_a_block_is_a_site_and_none_outside(family: str) -
             assert model.get_submodule(site.name) is site.module
     outside = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     outside -= {site.name for sites in blocks for site in sites}
-    assert len(outside) <= 1  # the head
+    assert outside <= {anatomy.head, *anatomy.readers}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_declared_part_is_there(family: str) -> None:
     model = build(family)
     anatomy = anatomy_of(model)
+    assert (anatomy.final_norm is None) == (anatomy.layout == "post")  # whose blocks end in a norm
     for path in (*anatomy.embeddings, anatomy.final_norm, anatomy.head):
-        assert path is not None
-        model.get_submodule(path)
+        if path is not None:
+            model.get_submodule(path)
+    assert anatomy.head is not None
     for block in find_blocks(model, anatomy):
         for path in anatomy.norms:
             assert "norm" in type(block.get_submodule(path)).__name__.lower()
@@ -89,6 +91,30 @@ def test_stages_are_the_inputs_as_they_are_really_shared(family: str) -> None:
         assert set().union(*stages) == {p for p, _ in seen}
     else:
         assert stages == [set(group) for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("family", "blocks", "head"),
+    [
+        ("bert-base", "encoder.layer", None),
+        ("bert-classifier", "bert.encoder.layer", "classifier"),
+        ("bert-tagger", "bert.encoder.layer", "classifier"),
+        ("llama-base", "layers", None),
+        ("llama-classifier", "model.layers", "score"),
+        ("vit-base", "layers", None),
+    ],
+)
+def test_other_classes_of_a_family_have_their_own_paths(family: str, blocks: str, head: str | None) -> None:
+    model = build(family)
+    anatomy = anatomy_of(model)
+    assert (anatomy.blocks, anatomy.head) == (blocks, head)
+    for path in (*anatomy.embeddings, anatomy.final_norm):
+        if path is not None:
+            model.get_submodule(path)
+    before = sum(int((p == 0).sum()) for p in model.parameters())
+    bh.prune(model, bh.Wanda(sparsity=0.5), batches_for(family))
+    sites = [site for block in sites_of(model, anatomy) for site in block]
+    assert sum(int((p == 0).sum()) for p in model.parameters()) - before == sum(s.numel for s in sites) // 2
 
 
 def test_gated_means_gate_then_up() -> None:

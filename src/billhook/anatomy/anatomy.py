@@ -75,7 +75,9 @@ class Anatomy:
     embeddings: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()  # inside a block
     final_norm: str | None = None
-    head: str | None = None
+    head: str | None = None  # or, in another class of the family, what is there under a usual name
+    readers: tuple[str, ...] = ()  # what reads the last stream before the head, where the class has it
+    transform: str | None = None  # the module between stream and head that ends in the space of the embeddings
     norm: Literal["rms", "layer"] = "rms"
     norm_plus_one: bool = False  # norm scales are stored as their difference from one
     bias: bool = False
@@ -97,6 +99,7 @@ class Anatomy:
         return tuple(groups)
 
 
+_HEADS = ("score", "classifier", "qa_outputs")  # of the stock classes that are not what a family declares
 _FAMILIES: dict[str, Anatomy] = {}
 
 
@@ -132,11 +135,30 @@ def anatomy_of(model: nn.Module, anatomy: Anatomy | None = None) -> Anatomy:
                 f'list of blocks was not found; declare it with bh.declare(bh.Anatomy(family="{model_type}", '
                 f'model_types=("{model_type}",), blocks="path.to.the.block.list")).'
             )
-        anatomy = known[model_type]
+        anatomy = fitted(model, known[model_type])
         if hasattr(model.config, "slim"):
             anatomy = _slim(anatomy)
     _check(model, anatomy)
     return anatomy
+
+
+def fitted(model: nn.Module, anatomy: Anatomy) -> Anatomy:
+    """A family's anatomy with the paths that `model` has: base models lack a prefix, and heads have several names."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    short = anatomy.blocks.removeprefix(prefix)
+    if short != anatomy.blocks and _find(model, anatomy.blocks) is None and _find(model, short) is not None:
+        final = anatomy.final_norm.removeprefix(prefix) if anatomy.final_norm else None
+        return replace(
+            anatomy,
+            blocks=short,
+            embeddings=tuple(path.removeprefix(prefix) for path in anatomy.embeddings),
+            readers=tuple(path.removeprefix(prefix) for path in anatomy.readers),
+            final_norm=final,
+            head=None,
+        )
+    if anatomy.head is None or _find(model, anatomy.head) is not None:
+        return anatomy
+    return replace(anatomy, head=next((path for path in _HEADS if _find(model, path) is not None), None))
 
 
 def _slim(anatomy: Anatomy) -> Anatomy:

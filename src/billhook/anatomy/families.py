@@ -162,6 +162,31 @@ declare(
     )
 )
 
+declare(
+    Anatomy(
+        family="bert",
+        model_types=("bert",),
+        blocks="bert.encoder.layer",
+        attention=Attention(
+            query="attention.self.query",
+            key="attention.self.key",
+            value="attention.self.value",
+            output="attention.output.dense",
+            rotary=False,
+        ),
+        mlp=MLP(inputs=("intermediate.dense",), output="output.dense", activation="intermediate.intermediate_act_fn"),
+        layout="post",
+        dropout="output.dropout",
+        embeddings=("bert.embeddings",),
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
+        head="cls.predictions.decoder",
+        readers=("bert.pooler.dense", "cls.predictions.transform.dense"),
+        transform="cls.predictions.transform",
+        norm="layer",
+        bias=True,
+    )
+)
+
 for _kind in ("vit", "deit"):
     declare(
         Anatomy(
@@ -181,6 +206,7 @@ for _kind in ("vit", "deit"):
             norms=("layernorm_before", "layernorm_after"),
             final_norm=f"{_kind}.layernorm",
             head="classifier",
+            readers=(f"{_kind}.pooler.dense",),
             norm="layer",
             bias=True,
             input="pixel_values",

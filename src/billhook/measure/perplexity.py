@@ -27,6 +27,12 @@ from billhook.record import Evaluation
 _TOKENS_AT_ONCE = 2048
 
 
+def has_perplexity(model: nn.Module) -> bool:
+    """Whether a model predicts the next token: encoders and classifiers do not."""
+    can = getattr(model, "can_generate", None)
+    return bool(can()) if callable(can) else True
+
+
 def perplexity(
     model: nn.Module,
     windows: Tensor,

@@ -14,6 +14,7 @@ from billhook.calibrate.walk import Block, Needs, Walk
 from billhook.declared import Declared, Paper, Registry
 from billhook.errors import BillhookError
 from billhook.sparsity import ecoflap as _ecoflap  # noqa: F401 -- registers itself
+from billhook.sparsity import pqi as _pqi  # noqa: F401 -- registers itself
 from billhook.sparsity.allocations import ALLOCATIONS, Allocation
 from billhook.sparsity.patterns import NM, Pattern, Scope, Unstructured, parse_pattern
 from billhook.sparsity.refiners import REFINERS, Refiner
@@ -70,7 +71,7 @@ class SparseMethod(Method):
         "unstructured", description="unstructured, or N:M, which keeps N of every M consecutive inputs."
     )
     scope: Scope = Field("row", description="Weights compete within an output row (row) or a whole matrix (layer).")
-    allocation: str = Field("uniform", description="How sparsity is shared out: uniform, owl, ecoflap.")
+    allocation: str = Field("uniform", description="How sparsity is shared out: uniform, owl, ecoflap, pqi.")
     refine: str = Field("none", description="How the mask is improved before it is applied: none, dsnot.")
 
     @field_validator("allocation", "refine", mode="before")

@@ -98,12 +98,12 @@ def _examples(cls: type[Declared]) -> list[str]:
     if cls.kind == "gating":
         return [
             "```python",
-            f"gates = {made}.attach(model, optimizer, total_steps=steps)",
+            f"gates = {made}.attach(model, optimizer, total_steps=steps, example=x)",
             "for x, y in batches:",
             "    optimizer.zero_grad()",
             "    (loss_fn(model(x), y) + gates.loss()).backward(); optimizer.step(); gates.step()",
             "gates.consensus(batches)",
-            "small = gates.finalize(example=x)",
+            "small = gates.finalize()",
             "```",
             "",
         ]

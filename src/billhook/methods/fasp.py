@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,11 +14,11 @@ from billhook.calibrate.gram import Gram
 from billhook.calibrate.walk import Block, Needs, Walk
 from billhook.errors import BillhookError
 from billhook.methods.base import Paper, register
-from billhook.methods.structured import WidthMethod, random_scores
+from billhook.methods.structured import Dims, WidthMethod, random_scores
 from billhook.sparsity.refit import refit
 from billhook.sparsity.structure import column_scores, rounded, strongest
 from billhook.surgery.shrink import fold_value_bias_, keep_kv_heads_, keep_neurons_, keep_values_, owners, value_slices
-from billhook.surgery.slim import heads_may_leave
+from billhook.surgery.slim import dims_of, heads_may_leave
 
 
 @register("fasp")
@@ -134,6 +135,26 @@ class FASP(WidthMethod):
             if left < 0.5:
                 raise BillhookError(f"{ratio:.0%} of a block would leave no neurons: lower the sparsity.")
             result["neurons"] = rounded(left, self.round, size)
+        return result
+
+    def shapes(self, walk: Walk, ratios: Sequence[float]) -> list[Dims | None]:
+        mode = self._mode(walk)
+        result: list[Dims | None] = []
+        for block, ratio in zip(walk.blocks, ratios, strict=True):
+            width, dims = self._widths(block, ratio, mode), dims_of(block)
+            attention, mlp = dims["attention"], dims["mlp"]
+            if "values" in width:
+                attention["v"] = width["values"]
+            if "groups" in width:
+                if attention["kv_of_head"]:
+                    raise BillhookError(
+                        "KV groups of different sizes leave no known number of FLOPs: give target_size."
+                    )
+                attention["heads"] = attention["heads"] // attention["kv_heads"] * width["groups"]
+                attention["kv_heads"] = width["groups"]
+            if "neurons" in width:
+                mlp["width"] = width["neurons"]
+            result.append(dims)
         return result
 
     def most(self, walk: Walk) -> float:

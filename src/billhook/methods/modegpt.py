@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, field_validator
@@ -18,7 +18,7 @@ from billhook.calibrate.statistics import TokenSum, Total
 from billhook.calibrate.walk import Block, Walk
 from billhook.errors import BillhookError
 from billhook.methods.base import Paper, register
-from billhook.methods.structured import Sharing, WidthMethod
+from billhook.methods.structured import Dims, Sharing, WidthMethod
 from billhook.sparsity.lowrank import balanced, fewer_channels
 from billhook.sparsity.refit import refit
 from billhook.sparsity.structure import entropic, output_energy, ridge_leverage, rounded, strongest
@@ -31,6 +31,7 @@ from billhook.surgery.shrink import (
     owners,
     rotary_pairs,
 )
+from billhook.surgery.slim import dims_of
 
 MODULES = ("mlp", "qk", "vo")
 _ATTENTION, _MLP = "self_attn.q_proj", "mlp.down_proj"  # the sites whose inputs are looked at
@@ -188,10 +189,9 @@ class MoDeGPT(WidthMethod):
 
     # -- the budget ----------------------------------------------------------------------------------------
 
-    def ratios(self, walk: Walk) -> list[float]:
-        mean = self.overall(walk)
+    def shares(self, walk: Walk, mean: float) -> list[float]:
         if self.sharing != "influence" or mean == 0:
-            return super().ratios(walk)
+            return super().shares(walk, mean)
         return entropic(block_influence(walk), mean, self.epsilon, self._most(walk))
 
     def check(self, walk: Walk) -> None:
@@ -236,6 +236,22 @@ class MoDeGPT(WidthMethod):
                 result[part.name] = stays
             budget -= (part.size - stays) * part.cost
             left -= part.size * part.cost
+        return result
+
+    def shapes(self, walk: Walk, ratios: Sequence[float]) -> list[Dims | None]:
+        result: list[Dims | None] = []
+        for block, ratio in zip(walk.blocks, ratios, strict=True):
+            width, dims, module = self.widths(block, ratio), dims_of(block), cast(Any, block)
+            if "qk" in width:
+                pairs = rotary_pairs(module.self_attn)
+                dims["attention"]["qk"] = (
+                    dims["attention"]["qk"] - 2 * pairs + 2 * width["qk"] if pairs else width["qk"]
+                )
+            if "vo" in width:
+                dims["attention"]["v"] = width["vo"]
+            if "mlp" in width:
+                dims["mlp"]["width"] = width["mlp"]
+            result.append(dims)
         return result
 
     def _parts(self, block: Any) -> list[_Part]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from billhook.calibrate.influence import block_influence
 from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError
 from billhook.methods.base import Paper, register
-from billhook.methods.structured import StructuredMethod
+from billhook.methods.structured import Dims, StructuredMethod
+from billhook.surgery.slim import dims_of
 
 
 @register("shortgpt")
@@ -23,14 +26,33 @@ class ShortGPT(StructuredMethod):
 
     def prune(self, walk: Walk) -> None:
         influence = block_influence(walk)
-        walk.drop(sorted(range(len(influence)), key=lambda i: influence[i])[: self._count(walk)])
+        order = sorted(range(len(influence)), key=lambda i: influence[i])
+        walk.drop(order[: self._count(walk, order)])
 
     def check(self, walk: Walk) -> None:
         self._count(walk)
 
-    def _count(self, walk: Walk) -> int:
+    def shapes(self, walk: Walk, ratios: Sequence[float]) -> list[Dims | None]:
+        """Blocks leave whole: as many as the ratios come to, those of the largest."""
+        order = sorted(range(len(ratios)), key=lambda i: -ratios[i])
+        gone = set(order[: round(sum(ratios))])
+        if len(gone) == len(ratios):
+            raise BillhookError("This would leave no block.")
+        return [None if i in gone else dims_of(block) for i, block in enumerate(walk.blocks)]
+
+    def even(self, walk: Walk) -> bool:
+        return all(dims_of(block) == dims_of(walk.blocks[0]) for block in walk.blocks)
+
+    def _count(self, walk: Walk, order: Sequence[int] | None = None) -> int:
+        """How many blocks leave, in this order if it is known."""
         blocks = len(walk.blocks)
-        ratio = self.overall(walk)
+
+        def first(ratio: float) -> list[float]:
+            assert order is not None
+            gone = set(order[: round(ratio * blocks)])
+            return [float(i in gone) for i in range(blocks)]
+
+        ratio = self.overall(walk, None if order is None else first)
         count = round(ratio * blocks)
         if ratio > 0 and count == 0:
             raise BillhookError(f"{ratio:.0%} of {blocks} blocks is less than half a block: raise the sparsity.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,9 +15,10 @@ from billhook.calibrate.statistics import Covariance, Statistic
 from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError
 from billhook.methods.base import Paper, register
-from billhook.methods.structured import Sharing, WidthMethod
+from billhook.methods.structured import Dims, Sharing, WidthMethod
 from billhook.sparsity.structure import proportional
 from billhook.surgery import rotate
+from billhook.surgery.slim import dims_of
 
 log = logging.getLogger("billhook")
 
@@ -103,8 +105,10 @@ class SliceGPT(WidthMethod):
 
     def widths(self, walk: Walk) -> list[int]:
         """The stream's width before each block, and after the last, which stays whole."""
+        return self._widths(walk, self.ratios(walk))
+
+    def _widths(self, walk: Walk, ratios: Sequence[float]) -> list[int]:
         hidden, count = int(walk.spec["hidden"]), len(walk.blocks)
-        ratios = self._ratios(walk, self.sparsity if self.target_size is None else self._ratio_for_size(walk))
         cut = [self._width(hidden, ratio) for ratio in ratios]
         if walk.anatomy.same_ends:
             cut[0] = hidden
@@ -121,7 +125,7 @@ class SliceGPT(WidthMethod):
         hidden = int(walk.spec["hidden"])
         if self.round > hidden:
             raise BillhookError(f"round={self.round} is more than the hidden width {hidden}.")
-        ratio = self.sparsity if self.target_size is None else self._ratio_for_size(walk)
+        ratio = self.overall(walk)
         planned, present = self.planned(walk, ratio), sum(p.numel() for p in walk.model.parameters())
         if planned > present:
             log.warning(
@@ -132,6 +136,19 @@ class SliceGPT(WidthMethod):
                 f"{present:,}",
                 f"{planned:,}",
             )
+
+    def overall(self, walk: Walk, shares: Callable[[float], Sequence[float]] | None = None) -> float:
+        """The fraction of the hidden width to remove."""
+        return self._ratio_for_size(walk) if self.target_size is not None else super().overall(walk, shares)
+
+    def shapes(self, walk: Walk, ratios: Sequence[float]) -> list[Dims | None]:
+        widths = self._widths(walk, ratios)
+        result: list[Dims | None] = []
+        for block, before, after in zip(walk.blocks, widths, widths[1:], strict=False):
+            parallel = walk.spec["layout"] == "parallel"
+            dims = dims_of(block) | {"stream": [before, after if parallel else before, after], "fused": True}
+            result.append(dims | {"adapters": [True, not parallel]})
+        return result
 
     def planned(self, walk: Walk, ratio: float) -> int:
         """Parameters of the model after the same ratio was cut from every width."""
@@ -170,7 +187,7 @@ class SliceGPT(WidthMethod):
             "since the head keeps the whole hidden width."
         )
 
-    def _ratios(self, walk: Walk, mean: float) -> list[float]:
+    def shares(self, walk: Walk, mean: float) -> list[float]:
         if self.sharing == "uniform" or mean == 0:
             return [mean] * len(walk.blocks)
         return self.shared(block_influence(walk), mean)

@@ -24,8 +24,7 @@ from billhook.report.text import (
 
 _HUB_ID = re.compile(r"(?=.{3,96}$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
-# Families whose classes are not those of language models.
-_CLASSES = dict.fromkeys(("vit", "deit"), ("AutoModelForImageClassification", "AutoImageProcessor"))
+_IMAGES = ("vit", "deit")  # families that read images
 
 
 def model_card(report: Report, folder_name: str) -> str:
@@ -84,7 +83,9 @@ def _loading(report: Report, folder_name: str) -> str:
             f"The weights are stored compressed, and billhook unpacks them:\n\n{code_block(load, 'python')}"
             f"\n\nIt also turns the folder into a plain one:\n\n{code_block(export, 'sh')}"
         )
-    classes = _CLASSES.get(report.family, ("AutoModelForCausalLM", "AutoTokenizer"))
+    images = report.family in _IMAGES
+    model = report.loader or ("AutoModelForImageClassification" if images else "AutoModelForCausalLM")
+    classes = (model, "AutoImageProcessor" if images else "AutoTokenizer")
     code = ", trust_remote_code=True" if report.modelling else ""
     load = (
         f"from transformers import {', '.join(classes)}\n\n"
