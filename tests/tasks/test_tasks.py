@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gzip
-import struct
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from billhook.errors import BillhookError
 from billhook.tasks import Images, Training, load_images, network
 from billhook.tasks.loop import shifted_and_flipped
 from billhook.tasks.networks import CifarResNet
+from idx import write_idx
 
 
 def toy(n: int = 96, size: int = 8) -> Images:
@@ -93,11 +92,6 @@ def test_augmentation_moves_whole_images() -> None:
     assert len(centre) > 5  # shifted by different amounts
     flipped = (y[:, 0, 4, 5] < y[:, 0, 4, 4]).float().mean()
     assert 0.2 < flipped < 0.8
-
-
-def write_idx(path: Path, tensor: torch.Tensor) -> None:
-    head = bytes([0, 0, 8, tensor.ndim]) + struct.pack(f">{tensor.ndim}I", *tensor.shape)
-    path.write_bytes(gzip.compress(head + tensor.numpy().tobytes(), mtime=0))
 
 
 def test_idx_files(tmp_path: Path) -> None:

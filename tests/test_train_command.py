@@ -15,7 +15,7 @@ from billhook.errors import BillhookError
 from billhook.recipe import parse_as
 from billhook.tasks import loop
 from billhook.train import TrainJob, execute_training, load_trained
-from tasks.test_tasks import write_idx
+from idx import write_idx
 
 
 @pytest.fixture
