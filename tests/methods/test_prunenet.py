@@ -20,8 +20,8 @@ from billhook.calibrate.walk import Walk
 from billhook.measure.flops import PlannedFlops
 from billhook.methods.prunenet import PruneNet
 from billhook.run import reshape
-from billhook.sparsity.spectrum import kolmogorov_smirnov, wasserstein
-from billhook.surgery.shrink import drop_attention_, drop_mlp_
+from billhook.sparsity.spectrum import kolmogorov_smirnov, singular_values, wasserstein
+from billhook.surgery.shrink import drop_attention_, drop_mlp_, keep_blocks_
 from billhook.surgery.slim import is_slim, slim_
 from tiny import FAMILIES, batches_for, build, weights_of
 
@@ -441,9 +441,9 @@ def test_spectra_of_the_demo_model() -> None:
         count = int(0.7 * len(rows))
         order = rows.norm(dim=1).argsort(descending=True)
         draw = torch.randperm(len(rows), generator=torch.Generator().manual_seed(index))[:count]
-        full = torch.linalg.svdvals(rows)
+        full = singular_values(rows)
         for name, keep in (("random", draw), ("largest", order[:count]), ("smallest", order[-count:])):
-            found[name].append(kolmogorov_smirnov(full, torch.linalg.svdvals(rows[keep])))
+            found[name].append(kolmogorov_smirnov(full, singular_values(rows[keep])))
     means = {name: sum(values) / len(values) for name, values in found.items()}
     assert means["random"] == pytest.approx(0.168, abs=0.004)
     assert means["largest"] == pytest.approx(0.133, abs=0.002)
@@ -452,9 +452,10 @@ def test_spectra_of_the_demo_model() -> None:
 
 @pytest.mark.slow
 def test_the_policy_is_nearer_than_random_at_ratios_it_did_not_learn_at() -> None:
-    """The method's own objective on the demo model: 5% below the mean of five random selections, on all blocks."""
+    """The method's own objective, on every sixth block of the demo model: 5% below the mean of five random draws."""
     whole, _ = bh.load("demo")
     reshape(whole)
+    keep_blocks_(whole, list(range(0, 30, 6)))
     block = blocks_of(whole)[0]
     neurons = sum(p.numel() for p in block.mlp.parameters()) / sum(p.numel() for p in block.parameters())
     learnt: list[dict[str, float]] = []
@@ -465,7 +466,7 @@ def test_the_policy_is_nearer_than_random_at_ratios_it_did_not_learn_at() -> Non
             return dict(learnt[0])
 
     for share in (0.1, 0.2, 0.3):
-        policy = Once(sparsity=share * neurons, learn_at=0.3, episodes=20)
+        policy = Once(sparsity=share * neurons, learn_at=0.3, episodes=20, every=2)
         controls = [bh.PruneNet(sparsity=share * neurons, score="random", draw=seed) for seed in range(5)]
         means = []
         for method in (policy, *controls):
