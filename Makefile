@@ -17,10 +17,10 @@ demo: $(VENV)/.installed  ## Prune a real language model and show what it cost
 	@echo "Open out/demo/report.html in a browser."
 
 test: $(VENV)/.installed  ## Unit tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 8 -m "not slow"
 
 slow: $(VENV)/.installed  ## Tests on the demo model
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 8 -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
