@@ -63,6 +63,7 @@ class Declared(BaseModel):
 
 
 T = TypeVar("T", bound=Declared)
+C = TypeVar("C", bound=type[Any])
 
 
 class Registry(Generic[T]):
@@ -76,10 +77,10 @@ class Registry(Generic[T]):
         cls.name = name
         self._known[name] = cls
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Decorator: make a class known under `name`."""
+    def register(self, name: str) -> Callable[[C], C]:
+        """Decorator: make a class of this kind known under the name that users type."""
 
-        def add(cls: type[T]) -> type[T]:
+        def add(cls: C) -> C:
             self.add(name, cls)
             return cls
 

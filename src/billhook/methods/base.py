@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
@@ -164,18 +163,8 @@ class SparseMethod(Method):
         site.mask(self.refined(block, site, keep))
 
 
-M = TypeVar("M", bound=type[Method])
 METHODS: Registry[Method] = Registry("method")
-
-
-def register(name: str) -> Callable[[M], M]:
-    """Decorator: make a method known under the name that users type."""
-
-    def add(cls: M) -> M:
-        METHODS.add(name, cls)
-        return cls
-
-    return add
+register = METHODS.register
 
 
 def methods() -> dict[str, type[Method]]:

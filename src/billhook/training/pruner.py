@@ -17,7 +17,7 @@ import math
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -470,15 +470,5 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-P = TypeVar("P", bound=type[SparseTraining])
 PRUNERS: Registry[SparseTraining] = Registry("pruner")
-
-
-def pruner(name: str) -> Callable[[P], P]:
-    """Decorator: make a pruner known under the name that users type."""
-
-    def add(cls: P) -> P:
-        PRUNERS.add(name, cls)
-        return cls
-
-    return add
+pruner = PRUNERS.register

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -442,15 +442,5 @@ def _of_main(value: float) -> float:
     return float(box[0])
 
 
-R = TypeVar("R", bound=type[SeveralRuns])
 RUNS: Registry[SeveralRuns] = Registry("procedure")
-
-
-def procedure(name: str) -> Callable[[R], R]:
-    """Decorator: make a method of several runs known under the name that users type."""
-
-    def add(cls: R) -> R:
-        RUNS.add(name, cls)
-        return cls
-
-    return add
+procedure = RUNS.register
