@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint docs clean
+.PHONY: demo test slow smoke lint docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ test: $(VENV)/.installed  ## Unit tests
 
 slow: $(VENV)/.installed  ## Tests on the demo model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 8 -m slow
+
+smoke: $(VENV)/.installed  ## The shortest of them that touch every part
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 8 -m smoke
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

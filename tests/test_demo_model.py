@@ -39,6 +39,7 @@ def perplexity(name: str = "", target: float | str = 0.0) -> float:
     return bh.perplexity(model, windows)
 
 
+@pytest.mark.smoke
 def test_dense_model_is_sane() -> None:
     assert 10 < perplexity() < 35
 
@@ -49,7 +50,7 @@ def test_more_sparsity_costs_more(name: str) -> None:
     assert perplexity() * 0.99 < values[0] <= values[1] <= values[2]
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.6])
+@pytest.mark.parametrize("sparsity", [pytest.param(0.5, marks=pytest.mark.smoke), 0.6])
 def test_wanda_beats_magnitude(sparsity: float) -> None:
     assert perplexity("wanda", sparsity) < perplexity("magnitude", sparsity)
 
@@ -70,6 +71,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.smoke
 def test_command_line_end_to_end(tmp_path: Path) -> None:
     """Prune to compressed storage, export, and load the export where billhook cannot be imported."""
     out, plain = tmp_path / "out", tmp_path / "plain"
@@ -101,6 +103,7 @@ def test_command_line_end_to_end(tmp_path: Path) -> None:
     assert said.stdout.startswith("The capital of France is")
 
 
+@pytest.mark.smoke
 def test_memory_limit_is_kept(tmp_path: Path) -> None:
     limit = 1_000_000_000
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -711,6 +711,7 @@ def test_demo_text_that_cannot_be_written(tiny_dump: list[int], monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_the_real_demo_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path))
     caplog.set_level(logging.WARNING, "billhook")

@@ -522,7 +522,9 @@ def test_demo_metadata_is_that_of_the_source(demo_model: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"uniform": True}, {"sharing": "influence"}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({"uniform": True}, marks=pytest.mark.smoke), {"sharing": "influence"}]
+)
 def test_demo_model_pruned_and_run(options: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     model, tokenizer = bh.load("demo")
