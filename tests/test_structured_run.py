@@ -373,7 +373,7 @@ bh.prune(model, method, batches_for({family!r}, count=4), out={out!r}, precision
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_sigkill_and_again(family: str, make_folder: MakeFolder, tmp_path: Path) -> None:
     """A real process, really killed after its first block, then run again."""
     folder, out = make_folder(family), tmp_path / "out"

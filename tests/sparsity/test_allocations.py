@@ -87,6 +87,7 @@ def test_tail_gives_the_model_s_own_loss_from_every_block() -> None:
             tail.advance()
 
 
+@pytest.mark.slow
 def test_zeroth_order_estimates_gradient_norms() -> None:
     """E|⟨z, g⟩| = √(2/π)·‖g‖ for every matrix, within the noise of 400 draws."""
     walk = walk_of(count=1)
