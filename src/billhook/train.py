@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -148,7 +149,7 @@ def _load(model: nn.Module, folder: Path) -> None:
         state = load_file(path)
     except FileNotFoundError:
         raise BillhookError(f"There are no weights {path} to start from.") from None
-    except Exception as error:
+    except (SafetensorError, OSError) as error:
         raise BillhookError(f"{path} is not a readable safetensors file ({error}).") from None
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, shape in shapes.items():

@@ -84,7 +84,7 @@ def _cifar10() -> Images:
         parts = [load_dataset("uoft-cs/cifar10", split=split).with_format("numpy") for split in ("train", "test")]
     except ImportError:
         raise BillhookError("cifar10 needs the package datasets: pip install 'billhook[data]'.") from None
-    except Exception as error:
+    except Exception as error:  # hub, network, cache and server each raise kinds of their own
         raise BillhookError(
             f"CIFAR-10 could not be had from the hub ({type(error).__name__}): give a folder of images in the MNIST "
             "format as idx:FOLDER, or use fashion-mnist."

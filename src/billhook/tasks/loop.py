@@ -91,7 +91,8 @@ class Training:
         """
         accelerator = Accelerator()
         total = self.steps(stretch.length)
-        first, last = stretch.steps(total)
+        begin, last = stretch.steps(total)
+        first = begin
         saved = _read(keep) if keep is not None and keep.is_file() else None
         if saved is not None:
             model.load_state_dict(saved["model"])
@@ -103,15 +104,15 @@ class Training:
             first = saved["step"]
         pruner = None
         if method is not None:
-            pruner = method.attach(model, optimizer, last - stretch.steps(total)[0], saved and saved["pruner"])
+            pruner = method.attach(model, optimizer, last - begin, saved and saved["pruner"])
         prepared, optimizer = accelerator.prepare(model, optimizer)
         prepared.train()
         images, labels = self.images.train.to(accelerator.device), self.images.train_labels.to(accelerator.device)
         rate = stretch.rate or self.rate
         share, rank = accelerator.num_processes, accelerator.process_index
         written = time.monotonic()
-        with bar(self.label, last - stretch.steps(total)[0]) as advance:
-            advance(advance=first - stretch.steps(total)[0])
+        with bar(self.label, last - begin) as advance:
+            advance(advance=first - begin)
             for step in range(first, last):
                 if keep is not None and accelerator.is_main_process and time.monotonic() - written > _KEEP_SECONDS:
                     _write(keep, step, model, optimizer, pruner)

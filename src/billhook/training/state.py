@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def load_state(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
     except FileNotFoundError:
         raise BillhookError(f"There is no pruner state {path}: the checkpoint was saved without a pruner.") from None
-    except Exception as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BillhookError(f"{path} is not a pruner's state ({error}).") from None
     return unpack_state(tensors, values)
 
