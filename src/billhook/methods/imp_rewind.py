@@ -93,13 +93,7 @@ class IMPRewind(SeveralRuns):
         """
         runs = Runs(self, model, train, evaluate, out)
         with runs.working(runs.rounds + 2 + bool(self.rewind_to)):
-            if not runs.resume("start"):
-                runs.keep("start")
-            point = "rewind" if self.rewind_to else "start"
-            if self.rewind_to and not runs.resume(point):
-                runs.load("start")
-                runs.fit(point, Stretch(0.0, self.rewind_to, seed=self.seed))
-
+            point = runs.rewind_point(self.rewind_to)
             done = 0
             while done <= runs.rounds and runs.resume(_level(done)):
                 done += 1

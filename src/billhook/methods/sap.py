@@ -99,13 +99,7 @@ class SAP(SeveralRuns):
                 "above that: ask for more, or give the dense model."
             )
         with runs.working(self.iterations + 2 + bool(self.rewind_to)):
-            if not runs.resume("start"):
-                runs.keep("start")
-            point = "rewind" if self.rewind_to else "start"
-            if self.rewind_to and not runs.resume(point):
-                runs.load("start")
-                runs.fit(point, Stretch(0.0, self.rewind_to, seed=self.seed))
-
+            point = runs.rewind_point(self.rewind_to)
             level = 0
             while runs.resume(_level(level)):
                 level += 1

@@ -80,6 +80,9 @@ class _Phases(SeveralRuns):
         factor = shape[self.schedule]
         return Stretch(length=length, seed=seed, rate=lambda t: peak * factor(t))
 
+    def check(self, evaluate: Evaluate | None) -> None:
+        """Refuse what cannot work without a score, before any work is done."""
+
     def run(
         self,
         model: nn.Module,
@@ -107,6 +110,7 @@ class _Phases(SeveralRuns):
             BillhookError: nothing to prune, a sparsity that is not above the present one or that a layer cannot reach,
                 a training that changes nothing, diverges or does not follow `stretch`, a folder of another run.
         """
+        self.check(evaluate)
         if batches is not None and iter(batches) is batches:
             raise BillhookError("batches are needed again after every retraining: give a list or a loader.")
         runs = Runs(self, model, train, evaluate, out)
@@ -240,21 +244,9 @@ class SparseModelSoup(_Phases):
             result.append(self.retraining(length, factor if self.vary == "peak" else 1.0, seed, damage, removed))
         return result
 
-    def run(
-        self,
-        model: nn.Module,
-        train: Train,
-        *,
-        evaluate: Evaluate | None = None,
-        batches: Iterable[Any] | None = None,
-        out: str | Path | None = None,
-        keep: bool = False,
-    ) -> Outcome:
+    def check(self, evaluate: Evaluate | None) -> None:
         if self.merge == "greedy" and evaluate is None:
             raise BillhookError("merge=greedy chooses by score: give evaluate, on data that were set aside for it.")
-        return super().run(model, train, evaluate=evaluate, batches=batches, out=out, keep=keep)
-
-    run.__doc__ = _Phases.run.__doc__
 
     def _serve(self, runs: Runs, name: str, candidates: list[str], batches: Iterable[Any] | None) -> None:
         states = [runs.store.state(candidate) for candidate in candidates]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,7 @@ class Training:
         """Which images a step sees: a function of seed and step alone."""
         per_epoch = max(1, len(self.images.train) // self.batch)
         epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(
-            len(self.images.train), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        )
+        order = _order(len(self.images.train), 1_000_003 * seed + epoch)
         draws = torch.Generator().manual_seed((1_000_003 * seed + step) * 2 + 1)
         return order[place * self.batch : (place + 1) * self.batch], draws
 
@@ -174,6 +173,11 @@ def shifted_and_flipped(x: Tensor, generator: torch.Generator) -> Tensor:
     columns = (torch.where(flip[:, None], columns.flip(1), columns) + shift[1][:, None])[:, None, :]
     index = torch.arange(n)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows, columns].permute(0, 3, 1, 2).contiguous()
+
+
+@lru_cache(maxsize=1)  # a step of the same epoch asks for the same
+def _order(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _write(path: Path, step: int, model: nn.Module, optimizer: Any, pruner: Pruner | None) -> None:

@@ -166,6 +166,17 @@ class Runs:
 
     # -- parts ----------------------------------------------------------------------------------------------
 
+    def rewind_point(self, at: float) -> str:
+        """The part that weights go back to: the network after this fraction of the training, made if need be."""
+        if not self.resume("start"):
+            self.keep("start")
+        if not at:
+            return "start"
+        if not self.resume("rewind"):
+            self.load("start")
+            self.fit("rewind", Stretch(0.0, at, seed=self.method.seed))
+        return "rewind"
+
     def keep(self, name: str, **record: Any) -> dict[str, Any]:
         """Keep the model as the finished part `name`; returns its record."""
         record = {"part": name, "sparsity": round(_sparsity(self.masks), 6), "left": self.active, **record}
