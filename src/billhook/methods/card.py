@@ -82,37 +82,25 @@ def _needs(cls: type[Declared]) -> str:
 def _examples(cls: type[Declared]) -> list[str]:
     """How it is used, on the command line and in Python."""
     made = f"bh.{cls.__name__}(" + ("sparsity=0.9)" if "sparsity" in cls.model_fields else ")")
-    if cls.kind == "pruner":
-        return [
-            "```python",
-            f"pruner = {made}.attach(model, optimizer, total_steps=steps)",
-            "for x, y in batches:",
-            "    optimizer.zero_grad()",
-            "    loss_fn(model(x), y).backward()",
-            "    optimizer.step()",
-            "    pruner.step()",
-            "pruner.finalize()",
-            "```",
-            "",
-        ]
-    if cls.kind == "procedure":
-        return ["```python", f"result = {made}.run(model, train=my_train_function)", "```", ""]
-    if cls.kind == "gating":
-        return [
-            "```python",
-            f"gates = {made}.attach(model, optimizer, total_steps=steps, example=x)",
-            "for x, y in batches:",
-            "    optimizer.zero_grad()",
-            "    (loss_fn(model(x), y) + gates.loss()).backward()",
-            "    optimizer.step()",
-            "    gates.step()",
+    attached = f"{made}.attach(model, optimizer, total_steps=steps"
+
+    def loop(name: str, loss: str) -> list[str]:
+        steps = ["optimizer.zero_grad()", f"{loss}.backward()", "optimizer.step()", f"{name}.step()"]
+        return ["for x, y in batches:", *(f"    {step}" for step in steps)]
+
+    inside = {
+        "pruner": [f"pruner = {attached})", *loop("pruner", "loss_fn(model(x), y)"), "pruner.finalize()"],
+        "procedure": [f"result = {made}.run(model, train=my_train_function)"],
+        "gating": [
+            f"gates = {attached}, example=x)",
+            *loop("gates", "(loss_fn(model(x), y) + gates.loss())"),
             "gates.consensus(batches)",
             "small = gates.finalize()",
-            "```",
-            "",
-        ]
-    if cls.kind == "merging":
-        return ["```python", f"small, report = bh.{cls.__name__}().merge(model, example=x)", "```", ""]
+        ],
+        "merging": [f"small, report = bh.{cls.__name__}().merge(model, example=x)"],
+    }.get(cls.kind)
+    if inside is not None:
+        return ["```python", *inside, "```", ""]
     if cls.kind == "method":
         sparse = "sparsity" in cls.model_fields
         shell = f"--method {cls.name}" + (" --sparsity 0.5" if sparse else "")
