@@ -51,6 +51,13 @@ def test_keep_n_of_m_equals_a_stable_sort_of_each_group(rows: int, groups: int, 
     assert torch.equal(keep.view(-1, m), by_stable_sort(matrix.view(-1, m), m - n))
 
 
+@pytest.mark.parametrize("m", [4, 8])
+def test_keep_n_of_m_on_matrices_too_large_for_one_comparison(m: int) -> None:
+    matrix = torch.randint(0, 3, (300, 16 * m), generator=torch.Generator().manual_seed(0)).float()  # with ties
+    keep = keep_n_of_m(matrix, m // 2, m)
+    assert torch.equal(keep.view(-1, m), by_stable_sort(matrix.view(-1, m), m // 2))
+
+
 @given(st.integers(1, 10_000_000), st.integers(0, 999))
 def test_budget_is_the_exact_floor(total: int, thousandths: int) -> None:
     sparsity = thousandths / 1000

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from billhook.sparsity.patterns import NM, Scope
-from billhook.sparsity.select import budget, keep_largest, keep_n_of_m
+from billhook.sparsity.select import budget, keep_lanes, keep_largest
 
 _INNER = 32
 
@@ -94,7 +94,7 @@ def sweep(
                 if pattern is not None and keep is None and i % pattern.m == 0:
                     group = slice(start + i, start + i + pattern.m)
                     score = (w[group] * worth[group, None]).square_()
-                    mask[group] = keep_n_of_m(score.T, pattern.n, pattern.m).T
+                    mask[group] = keep_lanes(score, pattern.n)
                     torch.logical_not(mask[group], out=drop[i : i + pattern.m])
                 torch.mul(block[i], drop[i], out=removed[i])
                 if i + 1 < right:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_THIN = 4096  # groups up to which one broadcast comparison is faster than one comparison per pair
+_THIN = 4096  # groups up to which all comparisons at once are faster than one after the other
 
 
 def budget(total: int, sparsity: float) -> int:
@@ -58,28 +59,53 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
         bool mask [rows, columns].
     """
     rows, columns = scores.shape
-    groups = scores.reshape(rows, columns // m, m)
-    # Rank by counting beats sorting for the small m that hardware knows; ties: the lower index goes first.
-    if rows * (columns // m) <= _THIN:
-        lanes = groups.movedim(-1, 0)
-        # [i, j]: whether i goes before j
-        before = torch.where(_earlier(m, scores.device), lanes[:, None] <= lanes, lanes[:, None] < lanes)
-        rank = before.sum(dim=0, dtype=torch.uint8)
-        return (rank >= m - n).movedim(0, -1).reshape(rows, columns)
-    parts = groups.unbind(dim=-1)
-    ranks = [torch.full_like(part, m - 1 - i, dtype=torch.int8) for i, part in enumerate(parts)]
+    lanes = scores.reshape(-1, m).T
+    if lanes.shape[1] <= _THIN:
+        return keep_lanes(lanes, n).T.reshape(rows, columns)
+    ranks = [torch.full_like(lane, m - 1 - i, dtype=torch.int8) for i, lane in enumerate(lanes)]
     for i in range(m):
         for j in range(i + 1, m):
-            first = parts[i] <= parts[j]
-            ranks[j] += first
-            ranks[i] -= first.to(torch.int8)
+            later_wins = lanes[i] <= lanes[j]
+            ranks[j] += later_wins
+            ranks[i] -= later_wins.to(torch.int8)
     return torch.stack([rank >= m - n for rank in ranks], dim=-1).reshape(rows, columns)
 
 
+def keep_lanes(scores: Tensor, n: int) -> Tensor:
+    """`keep_n_of_m` of groups that lie side by side, for few enough that the calls cost more than the work.
+
+    Ranks are counted from the m(m−1)/2 comparisons of a group, which beats sorting for the small m that hardware
+    knows: rank = A · [earlier ≤ later] + b, with each comparison's point for the one or the other of its pair.
+
+    Args:
+        scores: [m, groups], no NaN.
+        n: how many of each group to keep.
+
+    Returns:
+        bool mask [m, groups].
+    """
+    m = len(scores)
+    pairs = _pairs(m, scores.device)
+    later_wins = (scores[pairs.earlier] <= scores[pairs.later]).float()
+    return torch.addmm(pairs.offset, pairs.points, later_wins) >= m - n - 0.5
+
+
+class _Pairs(NamedTuple):
+    earlier: Tensor  # int64 [pairs], the lower index
+    later: Tensor  # int64 [pairs]
+    points: Tensor  # float32 [m, pairs]
+    offset: Tensor  # float32 [m, 1]
+
+
 @lru_cache
-def _earlier(m: int, device: torch.device) -> Tensor:
-    """bool [m, m, 1, 1]: whether the first index is the lower one."""
-    return torch.ones(m, m, dtype=torch.bool, device=device).triu_(1)[:, :, None, None]
+def _pairs(m: int, device: torch.device) -> _Pairs:
+    earlier, later = torch.triu_indices(m, m, 1, device=device)
+    points = torch.zeros(m, len(earlier), device=device)
+    each = torch.arange(len(earlier), device=device)
+    points[later, each] = 1.0
+    points[earlier, each] = -1.0  # its point is 1 − [earlier ≤ later]: ties go against the lower index
+    offset = torch.arange(m - 1, -1, -1, dtype=torch.float32, device=device)[:, None]
+    return _Pairs(earlier, later, points, offset)
 
 
 def _kth_smallest(scores: Tensor, k: int) -> Tensor:
