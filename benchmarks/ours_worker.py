@@ -33,9 +33,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True, help="plain Hugging Face model folder")
     parser.add_argument("--tokens", required=True, help="safetensors file with the calibration ids, input_ids")
-    parser.add_argument("--method", required=True, choices=["wanda", "sparsegpt"])
+    parser.add_argument("--method", required=True, help="as in billhook compare: wanda, fasp(uniform=true)+perp, ...")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="unstructured or N:M, e.g. 2:4")
+    parser.add_argument("--repair", action="store_true", help="the method repairs a pruned model")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", help="folder for the pruned model; a temporary one by default")
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace, out: str) -> dict[str, object]:
     from safetensors.torch import load_file
 
     import billhook as bh
+    from billhook.compare import steps_of
+    from billhook.methods.base import METHODS
 
     torch.set_num_threads(args.threads)
     ids = load_file(args.tokens)["input_ids"]
@@ -60,10 +63,12 @@ def run(args: argparse.Namespace, out: str) -> dict[str, object]:
     model, _ = bh.load(args.model, stream=True)
     loaded = peak_mib()
 
-    wanted = {"sparsity": args.sparsity} if args.pattern == "unstructured" else {"pattern": args.pattern}
-    method = bh.Wanda(**wanted) if args.method == "wanda" else bh.SparseGPT(**wanted)
+    if args.repair:
+        steps = [METHODS.parse(args.method)]
+    else:
+        steps = steps_of(args.method, str(args.sparsity) if args.pattern == "unstructured" else args.pattern)
     start = time.perf_counter()
-    bh.prune(model, method, batches, out=out)
+    bh.prune(model, steps, batches, out=out)
     seconds = time.perf_counter() - start
     peak = peak_mib()
     try:

@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED, help="tokens: which draw")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="perplexity: how many windows")
     parser.add_argument("--window-length", type=int, default=WINDOW_LENGTH, help="perplexity: how long each is")
+    parser.add_argument("--trust-remote-code", action="store_true", help="perplexity: of models with code of their own")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
     args = parser.parse_args()
     if args.step == "machine":
@@ -151,10 +152,12 @@ def main() -> None:
         print(json.dumps({"samples": ids.shape[0], "length": ids.shape[1], "sum": int(ids.sum())}))
         return
     tokens = evaluation_tokens(tokenizer, args.wikitext, args.windows, args.window_length)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    trust = args.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=trust)
     result = {
         "perplexity": perplexity(model, tokens),
         "linear_sparsity": linear_sparsity(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "windows": tokens.shape[0],
         "window_length": tokens.shape[1],
     }

@@ -21,11 +21,14 @@ from safetensors.torch import load_file, save_file
 
 import billhook as bh
 from billhook import cli, progress
+from billhook.anatomy import anatomy_of, find_blocks
 from billhook.calibrate import journal
 from billhook.methods import methods
 from billhook.models.checkpoint import COMPRESSED
 from billhook.models.files import DiskFull
-from tiny import weights_of, write_text
+from billhook.surgery.shrink import keep_hidden_, keep_neurons_
+from billhook.surgery.slim import slim_
+from tiny import build, weights_of, write_text
 
 MakeFolder = Callable[..., Path]
 
@@ -543,6 +546,23 @@ def test_inspect(family: str, call: Call, make_folder: MakeFolder) -> None:
     assert ("wanda" in value["methods"]) == (family != "vit")
 
 
+def test_inspect_tells_the_widths_of_a_narrowed_model(call: Call, tmp_path: Path) -> None:
+    model: Any = build("llama")
+    neurons, width = model.config.intermediate_size, model.config.hidden_size
+    slim_(model)
+    blocks: Any = find_blocks(model, anatomy_of(model))
+    keep_neurons_(blocks[1], torch.arange(neurons - 4))
+    keep_hidden_(model, torch.arange(width - 8))
+    bh.save(model, None, tmp_path / "narrow")
+    value = call("inspect", tmp_path / "narrow", "--json").json
+    assert value["groups"]["neurons"] == [neurons - 4, neurons]
+    assert value["groups"]["hidden dimensions"] == width - 8
+    shapes = {site["projection"]: site["shape"] for site in value["sites"]}
+    assert shapes["mlp.down_proj"] == [width - 8, [neurons - 4, neurons]]
+    shown = call("inspect", tmp_path / "narrow")
+    assert f"neurons {neurons - 4} to {neurons}" in " ".join(shown.out.split())
+
+
 def test_version_of_the_script_and_help() -> None:
     """The one test of the console script itself."""
     script = [sys.executable, "-c", "from billhook.cli import main; main()"]
@@ -1035,6 +1055,10 @@ def test_methods_are_compared_at_equal_size(call: Call, make_folder: MakeFolder,
     told = call("compare", make_folder("opt"), *sizes, "--json").json
     assert [cell["target"] for cell in told["cells"]] == ["size=0.8", "size=0.7"] * 2
     assert "80% of the size" in (tmp_path / "t" / "index.html").read_text()
+    flops = ["--methods", "fasp", "--target-flops", "0.9", "--out", tmp_path / "f", *short(corpus)]
+    told = call("compare", make_folder("opt"), *flops, "--json").json
+    assert [cell["target"] for cell in told["cells"]] == ["flops=0.9"]
+    assert "90% of the FLOPs" in (tmp_path / "f" / "index.html").read_text()
     wrong = call("compare", make_folder("opt"), "--methods", "fasp", "--target-size", "most", "--out", tmp_path / "u")
     assert wrong.code == 2
     assert "'most' is not a fraction" in wrong.error

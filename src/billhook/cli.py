@@ -302,6 +302,9 @@ def compare(
     target_size: Annotated[
         str, typer.Option("--target-size", help="Fractions of the parameters that stay, comma-separated.")
     ] = "",
+    target_flops: Annotated[
+        str, typer.Option("--target-flops", help="Fractions of a forward pass's FLOPs that stay, comma-separated.")
+    ] = "",
     data: DataOption = _DATA,
     samples: SamplesOption = _SAMPLES,
     length: LengthOption = _LENGTH,
@@ -330,13 +333,16 @@ def compare(
     _start(quiet, as_json, device)
     from billhook.compare import compare as run_comparison
     from billhook.recipe import job
-    from billhook.report.table import SIZE, to_markdown
+    from billhook.report.table import FLOPS, SIZE, to_markdown
 
     names = _list(method_names)
-    targets = _list(sparsity) + _list(pattern) + [f"{SIZE}{_fraction(size)}" for size in _list(target_size)]
+    targets = _list(sparsity) + _list(pattern)
+    for key, fractions in ((SIZE, target_size), (FLOPS, target_flops)):
+        targets += [f"{key}{_fraction(fraction)}" for fraction in _list(fractions)]
     if not names or not targets:
         raise BillhookError(
-            "Nothing to compare: give --methods and --sparsity, --pattern or --target-size, comma-separated."
+            "Nothing to compare: give --methods and --sparsity, --pattern, --target-size or --target-flops, "
+            "comma-separated."
         )
     settings = job(
         model=model,
@@ -553,15 +559,20 @@ def inspect_(
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key in ("blocks", "parameters", "prunable", "dtype", "bytes", "groups"):
         value = facts[key]
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        text = ", ".join(f"{k} {_extent(v)}" for k, v in value.items()) if isinstance(value, dict) else value
         table.add_row(key, f"{text:,}" if isinstance(text, int) else str(text))
     _out.print(table)
     sites = Table("site (per block)", "out × in", "2:4", "4:8", box=None, padding=(0, 2, 0, 0))
     for site in facts["sites"]:
         marks = ["yes" if p in site["patterns"] else "no" for p in ("2:4", "4:8")]
-        sites.add_row(site["projection"], " × ".join(map(str, site["shape"])), *marks)
+        sites.add_row(site["projection"], " × ".join(map(_extent, site["shape"])), *marks)
     _out.print(sites)
     _out.print(f"methods: {', '.join(facts['methods'])}")
+
+
+def _extent(value: int | list[int]) -> str:
+    """A number that all blocks share, or from where to where it goes."""
+    return str(value) if isinstance(value, int) else f"{value[0]} to {value[1]}"
 
 
 @app.command()

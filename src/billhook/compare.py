@@ -54,7 +54,8 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
     Args:
         job: model, data and protocol; its steps are ignored.
         names: methods as users type them, with options and steps after them: `wanda(refine=dsnot)+perp`.
-        targets: sparsities such as "0.5" and patterns such as "2:4".
+        targets: sparsities such as "0.5", patterns such as "2:4", or what stays of the whole model, "size=0.8" or
+            "flops=0.8".
         force: overwrite `job.out`.
 
     Returns:
@@ -146,8 +147,9 @@ def steps_of(text: str, target: str) -> list[Method]:
     first, *rest = split_outside(text, "+") or [""]
     if ":" in target:
         goal: dict[str, object] = {"pattern": target}
-    elif target.startswith(table.SIZE):
-        goal = {"target_size": float(target.removeprefix(table.SIZE))}
+    elif table.whole(target)[0]:
+        key, part = table.whole(target)
+        goal = {table.WHOLE[key][0]: part}
     else:
         try:
             goal = {"sparsity": float(target)}

@@ -28,7 +28,7 @@ from billhook.export import Target, assemble, expand, write_pages
 from billhook.measure import evaluate, folder_size, has_perplexity, model_size
 from billhook.methods import Method
 from billhook.models.checkpoint import Checkpoint
-from billhook.models.files import DiskFull, write_atomically
+from billhook.models.files import DiskFull, room, write_atomically
 from billhook.models.load import load
 from billhook.models.source import Streamed, dtype_of, source_of
 from billhook.recipe import Job
@@ -328,19 +328,13 @@ def opened(target: Target, fingerprint: str, force: bool, marker: str = FILE) ->
 def staged(target: Target) -> Iterator[None]:
     """A user's mistake leaves nothing behind; a full disk, a kill or a crash leaves what can be resumed."""
     try:
-        yield
+        with room(target.staging):
+            yield
     except DiskFull:
         raise
     except BillhookError:
         if distributed.is_main():
             target.discard()
-        raise
-    except OSError as error:
-        if error.errno in (28, 122):
-            raise DiskFull(
-                f"The disk that holds {target.staging} is full: free some room and run the same command again; what "
-                "was finished is kept."
-            ) from None
         raise
 
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from billhook.errors import BillhookError
 from billhook.models import files
-from billhook.models.files import DiskFull, Entry, read_index, write, write_atomically
+from billhook.models.files import DiskFull, Entry, read_index, room, write, write_atomically
 
 DTYPES = list(files._DTYPES.values())
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (2, 0, 3), (2, 3, 4)]
@@ -271,6 +272,14 @@ def test_a_disk_that_fills_up_while_bytes_are_written(tmp_path: Path, monkeypatc
     with pytest.raises(DiskFull):
         write(tmp_path / "x", [Entry.of("a", torch.ones(3)), Entry.of("b", torch.ones(3))])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["No space left on device (os error 28)", "Disk quota exceeded (os error 122)"])
+def test_a_full_disk_that_safetensors_reports(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DiskFull, match="is full: free some room and save again"), room(tmp_path, "save again"):
+        raise SafetensorError(f"Error while serializing: I/O error: {text}")
+    with pytest.raises(SafetensorError, match="os error 5"), room(tmp_path):
+        raise SafetensorError("I/O error: Input/output error (os error 5)")
 
 
 def test_other_trouble_is_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from billhook.errors import BillhookError
 from billhook.export.compressed import compress
 from billhook.models.checkpoint import Packed
-from billhook.models.files import Entry, Stored, write, write_atomically
+from billhook.models.files import Entry, Stored, room, write, write_atomically
 from billhook.models.source import Streamed, source_of
 from billhook.record import FILE, Report
 from billhook.report.card import model_card
@@ -179,7 +179,7 @@ def save(
     """Write a model in memory as a plain Hugging Face folder, with its report if there is one. Returns the folder.
 
     Raises:
-        BillhookError: `out` exists (unless `force`), or the model is still on disk (streamed).
+        BillhookError: `out` exists (unless `force`), the disk is full, or the model is still on disk (streamed).
     """
     if source_of(model).streams:
         raise BillhookError("A streamed model was already written by prune(..., out=...): there is nothing to save.")
@@ -188,10 +188,11 @@ def save(
         raise BillhookError(f"{target.out} exists: choose another folder, or pass force=True.")
     result = target.fresh()
     try:
-        assemble(model, tokenizer, result)
-        if report is not None:
-            report.modelling = SLIM_FILE if is_slim(model) else None
-            write_pages(report, result, target.out.name)
+        with room(target.out.parent, "save again"):
+            assemble(model, tokenizer, result)
+            if report is not None:
+                report.modelling = SLIM_FILE if is_slim(model) else None
+                write_pages(report, result, target.out.name)
     except BaseException:
         target.discard()
         raise

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from billhook.errors import BillhookError
 from billhook.models.checkpoint import Packed
-from billhook.models.files import DiskFull, Stored
+from billhook.models.files import Stored, room
 from billhook.models.load import load
 from billhook.models.source import Streamed, source_of
 from billhook.surgery.slim import is_slim, reads_or_writes_some, stock_class
@@ -228,10 +228,9 @@ def export_gguf(folder: Path, out: Path, *, kind: Kind = "f16", force: bool = Fa
 @contextlib.contextmanager
 def _writing(out: Path) -> Iterator[None]:
     try:
-        yield
+        with room(out.parent, "export again"):
+            yield
     except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            raise DiskFull(f"The disk that holds {out.parent} is full: free some room and export again.") from None
         raise BillhookError(f"{out} cannot be written ({error.strerror or error}): choose another --out.") from None
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from billhook.errors import BillhookError
@@ -37,6 +40,25 @@ _CHUNK = 16 << 20
 
 class DiskFull(BillhookError):
     """The disk is full; what was finished stays and the same command resumes."""
+
+
+_AGAIN = "run the same command again; what was finished is kept"
+
+
+@contextmanager
+def room(folder: Path, advice: str = _AGAIN) -> Iterator[None]:
+    """Turn the errors by which libraries report a full disk into one sentence.
+
+    Raises:
+        DiskFull: there is no room in `folder`.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = error.errno in (28, 122) if isinstance(error, OSError) else re.search(r"os error (28|122)\b", str(error))
+        if full:  # ENOSPC, EDQUOT
+            raise DiskFull(f"The disk that holds {folder} is full: free some room and {advice}.") from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -185,20 +207,13 @@ def write_atomically(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """
     part = file.with_name(file.name + ".part")
     try:
-        with part.open("wb") as stream:
-            for chunk in chunks:
-                stream.write(chunk)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            raise DiskFull(
-                f"The disk that holds {file.parent} is full: free some room and run the same command again; what "
-                "was finished is kept."
-            ) from None
-        raise
+        with room(file.parent):
+            with part.open("wb") as stream:
+                for chunk in chunks:
+                    stream.write(chunk)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(part, file)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

@@ -31,7 +31,9 @@ from billhook.report.text import (
     seconds_text,
 )
 
-SIZE = "size="  # before the fraction of the parameters that stays
+# What a target that starts with the key is a fraction of, the option of methods that means, and the words for it
+SIZE, FLOPS = "size=", "flops="
+WHOLE = {SIZE: ("target_size", "size"), FLOPS: ("target_flops", "FLOPs")}
 
 
 class Cell(BaseModel):
@@ -41,7 +43,7 @@ class Cell(BaseModel):
     model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
 
     method: str
-    target: str  # sparsity as a fraction, "0.5", a pattern, "2:4" (N kept of M), or "size=0.8"
+    target: str  # sparsity as a fraction, "0.5", a pattern, "2:4" (N kept of M), "size=0.8" or "flops=0.8"
     sparsity: float  # reached, fraction of weights that are zero in the pruned matrices
     perplexity: float
     seconds: float  # wall time of pruning, without evaluation
@@ -73,11 +75,12 @@ def methods(comparison: Comparison) -> list[str]:
 
 
 def targets(comparison: Comparison) -> list[str]:
-    """The targets, fractions in ascending order before patterns before sizes: the columns."""
+    """The targets, fractions in ascending order before patterns before sizes and FLOPs: the columns."""
 
     def order(target: str) -> tuple[int, float, float]:
-        if target.startswith(SIZE):
-            return 2, -float(target.removeprefix(SIZE)), 0.0
+        key, part = whole(target)
+        if key:
+            return 2 + list(WHOLE).index(key), -part, 0.0
         fraction = _fraction(target)
         if fraction is not None:
             return 0, fraction, 0.0
@@ -87,10 +90,17 @@ def targets(comparison: Comparison) -> list[str]:
     return sorted(dict.fromkeys(cell.target for cell in comparison.cells), key=order)
 
 
+def whole(target: str) -> tuple[str, float]:
+    """("size=", 0.8) of "size=0.8"; ("", 0) of a target that is not about the whole model."""
+    key = next((key for key in WHOLE if target.startswith(key)), "")
+    return key, float(target.removeprefix(key)) if key else 0.0
+
+
 def target_text(target: str) -> str:
     """A target as a column title: "0.5" is "50%", patterns stay."""
-    if target.startswith(SIZE):
-        return f"{100 * float(target.removeprefix(SIZE)):.6g}% of the size"
+    key, part = whole(target)
+    if key:
+        return f"{100 * part:.6g}% of the {WHOLE[key][1]}"
     fraction = _fraction(target)
     return target if fraction is None else f"{100 * fraction:.6g}%"
 
