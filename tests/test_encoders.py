@@ -106,7 +106,7 @@ def test_runs_of_every_class(family: str, method: bh.Method, stock: bool, tmp_pa
 
 
 @pytest.mark.parametrize("family", CLASSES)
-@pytest.mark.parametrize("name", ["fasp", "shortgpt"])
+@pytest.mark.parametrize("name", ["fasp", pytest.param("shortgpt", marks=pytest.mark.slow)])
 def test_a_folder_is_used_without_billhook(family: str, name: str, tmp_path: Path) -> None:
     bh.save(build(family), tiny_tokenizer(), tmp_path / "dense")
     model, _ = bh.load(tmp_path / "dense", stream=True)

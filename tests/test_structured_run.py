@@ -124,7 +124,7 @@ def test_a_folder_holds_what_the_same_call_in_memory_gives(
     assert report.size_after.parameters == sum(p.numel() for p in resident.parameters())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_a_slim_folder_is_used_without_billhook(family: str, make_folder: MakeFolder, tmp_path: Path) -> None:
     method = bh.method("fasp", sparsity=0.3, sharing="influence")
     bh.prune(opened(make_folder(family)), method, batches_for(family), out=tmp_path / "out")
@@ -137,7 +137,7 @@ def test_a_slim_folder_is_used_without_billhook(family: str, make_folder: MakeFo
 
 
 @pytest.mark.parametrize("method", ["fasp", "shortgpt"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), "gpt2"])
 def test_a_stock_result_loads_without_any_code(
     family: str, method: str, make_folder: MakeFolder, tmp_path: Path
 ) -> None:

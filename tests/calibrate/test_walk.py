@@ -266,7 +266,7 @@ def test_sigkill_and_again(make_folder: Callable[..., Path], tmp_path: Path) -> 
     assert all(torch.equal(a[k], b[k]) for k in b)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", pytest.param("magnitude", marks=pytest.mark.slow)])
 def test_two_processes_give_the_masks_of_one(method: str, make_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_folder()
     values = {"folder": str(folder), "method": method}

@@ -68,7 +68,7 @@ def pruned(tmp_path: Path, name: str = "out", **options: Any) -> Path:
 # -- plain folders ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_saved_folder_loads_without_billhook(family: str, tmp_path: Path) -> None:
     model = build(family)
     report = bh.prune(model, bh.SparseGPT(sparsity=0.5), batches_for(family))

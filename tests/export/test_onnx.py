@@ -77,7 +77,7 @@ def test_the_file_computes_what_the_model_computes(kind: str, tmp_path: Path) ->
 
 
 @needs_runtime
-@pytest.mark.parametrize("kind", ["slim", "indexed", "mistral"])
+@pytest.mark.parametrize("kind", ["slim", "indexed", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_a_file_with_a_cache_writes_what_the_model_writes(kind: str, tmp_path: Path) -> None:
     import onnxruntime
 
