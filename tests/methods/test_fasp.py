@@ -460,13 +460,51 @@ def test_gram_matrices_are_of_the_kept_attention() -> None:
     method: Any = bh.method("fasp", sparsity=0.3)
     walk = Walk(model, batches)
 
-    def spy(self: Any, statistic: Any, sites: Any = None) -> Any:
+    def spy(self: Any, statistic: Any, sites: Any = None, **more: Any) -> Any:
         assert statistic is Gram
         order.append((sites[0].projection, self.module.self_attn.v))
-        return collect(self, statistic, sites)
+        return collect(self, statistic, sites, **more)
 
     with mock.patch.object(Block, "collect", spy):
         method.prune(walk)
     assert [name for name, _ in order] == ["self_attn.o_proj", "mlp.down_proj"] * 3
     assert all(v == 8 for name, v in order if "o_proj" in name)
     assert all(v < 8 for name, v in order if "down" in name)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gemma2", "vit"])
+@pytest.mark.parametrize("attention", ["values", "groups", "skip"])
+def test_held_inputs_give_what_computing_them_again_gives(
+    family: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = weights_of(run(slim_model(family, double=True), family, sparsity=0.3, attention=attention))
+    monkeypatch.setattr("billhook.calibrate.walk._HELD", 0)
+    again = weights_of(run(slim_model(family, double=True), family, sparsity=0.3, attention=attention))
+    assert held.keys() == again.keys()
+    for name, tensor in again.items():
+        torch.testing.assert_close(held[name], tensor, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("attention", ["values", "skip"])
+def test_no_layer_is_computed_twice_but_the_last_of_each_part(attention: str) -> None:
+    model = slim_model("llama")
+    block = blocks_of(model)[0]
+    calls = dict.fromkeys(("self_attn.q_proj", "mlp.gate_proj"), 0)
+    for name in calls:
+        block.get_submodule(name).register_forward_hook(
+            lambda m, a, o, name=name: calls.__setitem__(name, calls[name] + 1)
+        )
+    run(model, "llama", sparsity=0.3, attention=attention)
+    # the first batch passes the dense block as a whole, for the report
+    assert calls == {"self_attn.q_proj": 4, "mlp.gate_proj": 4 + (attention == "values")}
+    assert not any("forward" in vars(part) for part in (block.self_attn, block.mlp))
+
+
+def test_inputs_are_not_held_where_memory_is_limited() -> None:
+    model = slim_model("llama")
+    walk = Walk(model, batches_for("llama"), max_memory=1 << 40)
+    for block in walk:
+        site = block.sites[0]
+        block.collect(Gram, [site], hold=[site])
+        assert not block._held
+        break

@@ -36,7 +36,7 @@ from billhook.errors import BillhookError
 from billhook.models.source import Resident, Source, Streamed, dtype_of, source_of
 from billhook.progress import bar
 from billhook.record import BlockRecord, SiteRecord
-from billhook.surgery.modeling_slim import SlimBlock
+from billhook.surgery.modeling_slim import SlimAttention, SlimBlock
 from billhook.surgery.shrink import keep_blocks_
 from billhook.surgery.slim import dims_of, resize_
 from billhook.system import finite, peak_memory, release_memory, resident_memory
@@ -48,6 +48,7 @@ _PROBE_ROWS = 256
 State = Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
 
 _STATE_SECONDS = 60.0  # at most so much of a long step is lost
+_HELD = 1 << 30  # bytes of one site's inputs over all calibration data that may be held
 _SNAPSHOT_SHARE = 0.05  # of the time may go into saving hidden states for a resume
 
 
@@ -70,15 +71,20 @@ class Block:
         self.seconds: dict[str, float] = {}
         self._probes: dict[Site, tuple[Tensor, Tensor]] = {}  # input rows and dense outputs
         self._gathered: dict[Any, dict[Site, Any]] = {}  # statistic -> site -> result of its last pass
+        self._held: dict[Site, list[Tensor]] = {}  # inputs by batch, from the pass that was told to hold them
+        self._known: dict[nn.Module, tuple[Site, list[Tensor]]] = {}  # parts that are not computed any more
         self._dense_output: Tensor | None = None
         self._shapes = {site: site.shape for site in self.sites}  # before anything is removed
 
-    def collect(self, statistic: type[Statistic[R]], sites: Sequence[Site] | None = None) -> dict[Site, R]:
+    def collect(
+        self, statistic: type[Statistic[R]], sites: Sequence[Site] | None = None, *, hold: Sequence[Site] = ()
+    ) -> dict[Site, R]:
         """One pass over the calibration data through the block as it is now.
 
         Args:
             statistic: what to gather of each site's input.
             sites: which sites; all of the block by default.
+            hold: sites whose inputs are kept, where they are few enough, for `proceed_from`.
 
         Returns:
             The statistic's result per site. Sites that read the same tensor share one result object.
@@ -88,10 +94,48 @@ class Block:
         """
         wanted = list(self.sites if sites is None else sites)
         kinds = [statistic, *(kind for kind in self._walk.companions if kind is not statistic)]
-        results = self._pass(kinds, wanted)
+        results = self._pass(kinds, wanted, [site for site in hold if self._walk.holds(site)])
         for kind in kinds:
             self._gathered.setdefault(kind, {}).update(results[kind])
         return results[statistic]
+
+    def proceed_from(self, site: Site, part: nn.Module, columns: Tensor | None = None) -> None:
+        """From now on, compute only the last layer of an attention or MLP, from the inputs that were held for it.
+
+        For a part of a slim block of which no other layer changes what it computes, so that passes need not repeat
+        them. Does nothing where the inputs were not held.
+
+        Args:
+            site: the part's last layer.
+            part: the attention or MLP.
+            columns: of the held inputs, those that stay.
+        """
+        held = self._held.pop(site, None)
+        if held is None:
+            return
+        if columns is not None:
+            for batch, x in enumerate(held):  # one by one, so that no second copy of all is there
+                held[batch] = x.index_select(-1, columns.to(x.device))
+        self._known[part] = (site, held)
+
+    @contextmanager
+    def _proceeding(self, batch: int) -> Iterator[None]:
+        """While inside, parts that are known from their last layer's inputs answer with its output."""
+
+        def answer(part: nn.Module, site: Site, x: Tensor) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                y = site.module(x)
+                return (y, None) if isinstance(part, SlimAttention) else y
+
+            return forward
+
+        for part, (site, held) in self._known.items():
+            part.forward = answer(part, site, held[batch])
+        try:
+            yield
+        finally:
+            for part in self._known:
+                del part.forward
 
     def gathered(self, statistic: type[Statistic[R]], site: Site) -> R:
         """The result of a statistic for one site: from the last pass, or from one made now if there was none."""
@@ -141,7 +185,9 @@ class Block:
             )
         return found[0].result()
 
-    def _pass(self, kinds: Sequence[type[Statistic[Any]]], wanted: list[Site]) -> dict[Any, dict[Site, Any]]:
+    def _pass(
+        self, kinds: Sequence[type[Statistic[Any]]], wanted: list[Site], hold: Sequence[Site] = ()
+    ) -> dict[Any, dict[Site, Any]]:
         """Gather several statistics of the wanted sites at once."""
         if self._walk.current is not self:
             raise BillhookError(
@@ -150,7 +196,11 @@ class Block:
         gathering: dict[Any, dict[Site, Statistic[Any]]] = {kind: {} for kind in kinds}
         device = self._walk.device
         # one context around all batches: weights are then rounded once, not once per batch
-        with self._timed("collect"), forward_precision(self._walk.precision, device):
+        with (
+            self._timed("collect"),
+            forward_precision(self._walk.precision, device),
+            self._holding(hold),
+        ):
             for batch in range(len(self._walk.inputs)):
                 output: Tensor | None = None  # stays so where the pass ends early
                 with self._listening(wanted, gathering, batch):
@@ -207,6 +257,21 @@ class Block:
             yield
         except Stop:
             pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _holding(self, sites: Sequence[Site]) -> Iterator[None]:
+        """Hooks that keep the inputs of sites; each must be called once per batch."""
+
+        def keep(site: Site) -> Any:
+            self._held[site] = []
+            return lambda module, args: self._held[site].append(args[0])
+
+        handles = [site.module.register_forward_pre_hook(keep(site)) for site in sites]
+        try:
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -374,12 +439,22 @@ class Walk:
     def forward(self, block: Block, batch: int) -> Tensor:
         """The block's output for one batch of its present inputs."""
         call = self._capture.calls[batch][block.index]
-        with inference(self.model), forward_precision(self.precision, self.device):
+        with inference(self.model), forward_precision(self.precision, self.device), block._proceeding(batch):
             output = block.module(self.inputs[batch], *call.args, **call.kwargs)
         self._as_tuple = isinstance(output, tuple)
         hidden = output[0] if isinstance(output, tuple) else output
         assert isinstance(hidden, Tensor)
         return hidden
+
+    def holds(self, site: Site) -> bool:
+        """Whether the inputs of a site are few enough to be kept in memory from one pass to the next.
+
+        By size alone, not by what memory is free, so that the same command does the same.
+        """
+        if self.max_memory is not None or self.inputs.folder is not None:
+            return False
+        tokens = sum(self.inputs[batch][..., 0].numel() for batch in range(len(self.inputs)))
+        return tokens * site.shape[1] * self.dtype.itemsize <= _HELD
 
     def remembered(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """`make()`, computed once per run: a resumed walk reads what the killed one found."""
@@ -724,6 +799,8 @@ class Walk:
             record = BlockRecord(index=block.index, name=block.name, seconds=block.seconds, error=error)
             if self.journal is not None:
                 last_snapshot = self._commit(block, record, sites, last_snapshot)
+            block._known.clear()
+            block._held.clear()
             self.source.release(block.module, block.name)
             release_memory()
         record.seconds = dict(block.seconds)
@@ -741,7 +818,8 @@ class Walk:
         if len(self.inputs) and after < len(self.blocks):
             if self.inputs.folder is not None:
                 self.inputs.seal()
-            elif self._snapshot_cost < _SNAPSHOT_SHARE * (started - last_snapshot):
+            # held inputs are gone in a resumed run, and computing them from narrower layers rounds differently
+            elif block._known or self._snapshot_cost < _SNAPSHOT_SHARE * (started - last_snapshot):
                 self.inputs.save(self.journal.inputs(after, rank, world))
                 last_snapshot = time.perf_counter()
                 self._snapshot_cost = last_snapshot - started

@@ -71,16 +71,24 @@ class FASP(WidthMethod):
             attention, mlp = module.self_attn, module.mlp
             values, output = width.get("values"), self.site(block, "self_attn.o_proj")
             groups, down = width.get("groups"), self.site(block, "mlp.down_proj")
+            whole: list[Site] = []
             if output is not None and values and values < attention.v:
                 fold_value_bias_(attention)  # before the inputs are looked at: what it moves away is in them
-                self._cut_values(block, self._gram(block, output), values)
+                columns = self._cut_values(block, self._gram(block, output), values)
+                block.proceed_from(output, attention, columns)
             elif output is not None and groups and groups < attention.kv_heads:
-                self._cut_groups(block, self._gram(block, output), groups)
+                columns = self._cut_groups(block, self._gram(block, output), groups)
+                block.proceed_from(output, attention, columns)
+            elif output is not None:
+                whole.append(output)
             if down is not None and width["neurons"] < mlp.down_proj.in_features:
-                self._cut_neurons(block, self._gram(block, down), width["neurons"])
+                columns = self._cut_neurons(block, self._gram(block, down, whole), width["neurons"])
+                block.proceed_from(down, mlp, columns)
+                for site in whole:
+                    block.proceed_from(site, attention)
 
-    def _gram(self, block: Block, site: Site) -> Tensor | None:
-        return block.collect(Gram, [site])[site].matrix if self._needs_data else None
+    def _gram(self, block: Block, site: Site, beside: Sequence[Site] = ()) -> Tensor | None:
+        return block.collect(Gram, [site], hold=[site, *beside])[site].matrix if self._needs_data else None
 
     @property
     def _needs_data(self) -> bool:
@@ -172,14 +180,16 @@ class FASP(WidthMethod):
         energy = gram.diagonal() if gram is not None and self.score == "wanda" else None
         return column_scores(weight, energy, self.norm)
 
-    def _cut_neurons(self, block: Block, gram: Tensor | None, count: int) -> None:
+    def _cut_neurons(self, block: Block, gram: Tensor | None, count: int) -> Tensor:
+        """Returns which columns of the last matrix stay, as the other cuts do."""
         down = _slim(block).mlp.down_proj
         keep = strongest(self._scores(block, down.weight, gram), count)
         new = refit(down.weight, gram, keep, self.damping) if gram is not None and self.restore else None
         keep_neurons_(block.module, keep)
         _write(down, new)
+        return keep
 
-    def _cut_values(self, block: Block, gram: Tensor | None, count: int) -> None:
+    def _cut_values(self, block: Block, gram: Tensor | None, count: int) -> Tensor:
         attention = _slim(block).self_attn
         scores = self._scores(block, attention.o_proj.weight, gram).view(attention.heads, attention.v)
         owner = torch.tensor(owners(attention), device=scores.device)
@@ -190,18 +200,20 @@ class FASP(WidthMethod):
         new = refit(weight, gram, columns, self.damping) if gram is not None and self.restore else None
         keep_values_(block.module, keep.cpu())
         _write(attention.o_proj, new)
+        return columns
 
-    def _cut_groups(self, block: Block, gram: Tensor | None, count: int) -> None:
+    def _cut_groups(self, block: Block, gram: Tensor | None, count: int) -> Tensor:
         attention = _slim(block).self_attn
         scores = self._scores(block, attention.o_proj.weight, gram).view(attention.heads, attention.v).sum(1)
         owner = torch.tensor(owners(attention), device=scores.device)
         keep = strongest(scores.new_zeros(attention.kv_heads).index_add_(0, owner, scores), count).cpu()
         heads = torch.tensor([h for h, t in enumerate(owners(attention)) if t in set(keep.tolist())])
-        columns = (heads[:, None] * attention.v + torch.arange(attention.v)).flatten()
+        columns: Tensor = (heads[:, None] * attention.v + torch.arange(attention.v)).flatten()
         weight = attention.o_proj.weight
         new = refit(weight, gram, columns, self.damping) if gram is not None and self.restore else None
         keep_kv_heads_(block.module, keep)
         _write(attention.o_proj, new)
+        return columns
 
 
 def _removable(block: Any, mode: str) -> tuple[int, int, int]:
