@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import protocol
-import torch
 
 import billhook as bh
 from billhook.compare import steps_of
@@ -35,11 +34,18 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="calibration seeds, comma-separated")
     parser.add_argument("--methods", default=",".join(METHODS), help="as in billhook compare: wanda(refine=dsnot), ...")
     parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--samples", type=int, default=protocol.SAMPLES, help="calibration sequences")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per batch")
     arguments = parser.parse_args()
 
     known: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     _, tokenizer = bh.load(arguments.model, stream=True)
     windows = protocol.evaluation_tokens(tokenizer, arguments.wikitext)
+
+    more = "" if arguments.samples == protocol.SAMPLES else f" {arguments.samples}"  # in the names of cells
+
+    def key_of(method: str, target: str, seed: int) -> str:
+        return f"{method} {target} {arguments.precision} {seed}{more}"
 
     def measure(key: str, **run: Any) -> None:
         if key in known:
@@ -47,10 +53,10 @@ def main() -> None:
         model, _ = bh.load(arguments.model)
         seconds, sparsity = 0.0, 0.0
         if run:
-            tokens = protocol.calibration_tokens(tokenizer, arguments.wikitext, seed=run["seed"])
+            tokens = protocol.calibration_tokens(tokenizer, arguments.wikitext, arguments.samples, seed=run["seed"])
             start = time.perf_counter()
             steps = steps_of(run["method"], run["target"])
-            report = bh.prune(model, steps, list(torch.split(tokens, 4)), precision=arguments.precision)
+            report = bh.prune(model, steps, list(tokens.split(arguments.batch)), precision=arguments.precision)
             seconds, sparsity = time.perf_counter() - start, report.steps[-1].sparsity
         value = bh.perplexity(model, windows)
         parameters = sum(p.numel() for p in model.parameters())
@@ -66,7 +72,7 @@ def main() -> None:
             for method in methods:
                 if method == METHODS[0] and seed != seeds[0]:
                     continue  # reads no data
-                measure(f"{method} {target} {arguments.precision} {seed}", method=method, target=target, seed=seed)
+                measure(key_of(method, target, seed), method=method, target=target, seed=seed)
 
     print(f"\nDense: {known['dense']['perplexity']:.2f}\n")
     print("| method | " + " | ".join(target_text(t) for t in targets) + " |")
@@ -74,11 +80,7 @@ def main() -> None:
     for method in methods:
         cells = []
         for target in targets:
-            values = [
-                known[key]["perplexity"]
-                for seed in seeds
-                if (key := f"{method} {target} {arguments.precision} {seed}") in known
-            ]
+            values = [known[key]["perplexity"] for seed in seeds if (key := key_of(method, target, seed)) in known]
             mean = sum(values) / len(values)
             spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
             cells.append(f"{mean:,.2f}{spread}")

@@ -128,13 +128,12 @@ def perp(args: argparse.Namespace) -> dict[str, Any]:
     for sites in sites_of(sparse, anatomy_of(sparse)):
         for site in sites:
             attach(site.module, options.adapter, site.weight != 0, options.rank, options.alpha, generator)
-    rates = {"norm": options.lr, "bias": options.lr, "adapters": options.adapter_lr}
     groups = parameters_of(sparse, options.chosen(sparse))
-    ours = Loop(sparse, groups, rates, loss_of(sparse), 1000)
+    ours = Loop(sparse, groups, options.rates, loss_of(sparse), 1000)
 
     wanted = peft.LoraConfig(r=options.rank, lora_alpha=int(options.alpha), target_modules="all-linear")
     theirs = peft.get_peft_model(dense, wanted)
-    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=options.adapter_lr)
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=options.rates["adapters"])
     their_loss = loss_of(theirs)
 
     def step_ours(number: int) -> None:

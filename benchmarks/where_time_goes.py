@@ -80,10 +80,7 @@ def main() -> None:
         for (_, name), width in inputs.items()
         if name in ("q_proj", "o_proj", "gate_proj", "down_proj")
     )
-    result: dict[str, Any] = {
-        "peak_gflops_bf16": round(peak(torch.bfloat16) / 1e9),
-        "peak_gflops_fp32": round(peak(torch.float32) / 1e9),
-    }
+    result: dict[str, Any] = {}
     for name in arguments.methods.split(","):
         streamed, _ = bh.load(arguments.model, stream=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -98,6 +95,7 @@ def main() -> None:
         used = "bf16" if report.precision == "bf16" else "fp32"
         if f"floor_seconds_{used}" not in result:  # only where it is used: without hardware for it bfloat16 is slow
             result[f"floor_seconds_{used}"] = round(2 * floor(model, batches, report.precision), 2)
+            result[f"peak_gflops_{used}"] = round(peak(torch.bfloat16 if used == "bf16" else torch.float32) / 1e9)
         result[name] = {
             "precision": report.precision,
             "seconds": round(total, 2),

@@ -56,8 +56,12 @@ class PERP(Method):
     training_steps: int | None = Field(
         None, ge=0, description="Optimizer steps per block (100 by default) or in all (global: 200)."
     )
-    lr: float = Field(1e-3, ge=0, description="Peak learning rate of norms and biases.")
-    adapter_lr: float = Field(2e-4, ge=0, description="Peak learning rate of adapters.")
+    lr: float | None = Field(
+        None, ge=0, description="Peak learning rate of norms and biases (1e-2 by default; global: 3e-3)."
+    )
+    adapter_lr: float | None = Field(
+        None, ge=0, description="Peak learning rate of adapters (5e-3 by default; global: 1e-3)."
+    )
     accumulate: int = Field(1, ge=1, description="Calibration batches per step.")
     draw: int = Field(0, ge=0, description="Seed of the adapters' start.")
 
@@ -78,6 +82,14 @@ class PERP(Method):
         if self.training_steps is None:
             return 100 if self.objective == "block" else 200
         return self.training_steps
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Peak learning rate per group; few steps on squared errors need more than those on a language loss."""
+        norm, adapter = (1e-2, 5e-3) if self.objective == "block" else (3e-3, 1e-3)
+        norm = norm if self.lr is None else self.lr
+        adapter = adapter if self.adapter_lr is None else self.adapter_lr
+        return {"norm": norm, "bias": norm, "adapters": adapter, "head": adapter}
 
     @property
     def wants_original(self) -> bool:
@@ -107,7 +119,6 @@ class PERP(Method):
         if self.objective == "global":
             self._next_token(walk)
             return
-        rates = {"norm": self.lr, "bias": self.lr, "adapters": self.adapter_lr}
         for block in walk:
             walk.targets |= {site.name: _sparsity(site) for site in block.sites}
             with walk.original(block):
@@ -120,7 +131,7 @@ class PERP(Method):
                     parameters_of(block.module, self.chosen(block.module)),
                     targets,
                     self.steps,
-                    rates,
+                    self.rates,
                     accumulate=self.accumulate,
                     autocast=walk.precision == "bf16",
                 )
@@ -135,7 +146,6 @@ class PERP(Method):
 
     def _next_token(self, walk: Walk) -> None:
         """Global retraining: the model's loss on the calibration batches, in order, again and again."""
-        rates = {"norm": self.lr, "bias": self.lr, "adapters": self.adapter_lr, "head": self.adapter_lr}
         with walk.whole() as model:
             outside = self._outside(walk, model)
         with walk.editing(outside) as model:
@@ -157,7 +167,7 @@ class PERP(Method):
                 loop = Loop(
                     model,
                     parameters_of(model, groups),
-                    rates,
+                    self.rates,
                     loss,
                     self.steps,
                     accumulate=self.accumulate,
