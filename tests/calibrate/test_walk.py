@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import billhook as bh
 from billhook.anatomy import anatomy_of, find_blocks
-from billhook.calibrate import distributed
+from billhook.calibrate import distributed, walk
 from billhook.calibrate.activations import Activations
 from billhook.calibrate.journal import Journal
 from billhook.calibrate.walk import Walk
@@ -397,6 +397,18 @@ def test_the_model_is_left_as_it_was_found(family: str) -> None:
         assert not any(m._forward_pre_hooks for m in block.modules())
     out = model.eval().generate(batches_for(family)[0][:1, :4], max_new_tokens=3, do_sample=False)
     assert out.shape[1] == 7
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_bf16_without_hardware_is_warned_of(
+    hardware: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(walk, "has_bf16", lambda device: hardware)
+    bh.prune(build("llama"), bh.Wanda(), batches_for("llama", count=1), precision="bf16")
+    assert ("does not multiply bfloat16 in hardware" in caplog.text) is not hardware
+    caplog.clear()
+    bh.prune(build("llama"), bh.Wanda(), batches_for("llama", count=1))  # what "auto" chooses is never slow
+    assert "bfloat16" not in caplog.text
 
 
 def test_bf16_products_change_masks_only_at_near_ties() -> None:

@@ -18,9 +18,16 @@ Precision = Literal["auto", "highest", "bf16"]
 def resolve(precision: Precision, device: torch.device, dtype: torch.dtype) -> Literal["highest", "bf16"]:
     """What "auto" means here: bf16 for float32 models on CPUs that have it in hardware, else the model's own dtype."""
     if precision == "auto":
-        fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        fast = device.type == "cpu" and has_bf16(device)
         return "bf16" if fast and dtype == torch.float32 else "highest"
     return precision
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; without it such products are several times slower."""
+    if device.type == "cpu":
+        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def forward_precision(precision: str, device: torch.device) -> AbstractContextManager[object]:

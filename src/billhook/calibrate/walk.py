@@ -12,6 +12,7 @@ progress and measurement happen here and nowhere else.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ from billhook.calibrate import distributed
 from billhook.calibrate.activations import Activations
 from billhook.calibrate.capture import Batch, Capture, Stop, inference, quiet, surroundings
 from billhook.calibrate.journal import Journal, block_tensors
-from billhook.calibrate.precision import Precision, forward_precision, resolve, statistics_precision
+from billhook.calibrate.precision import Precision, forward_precision, has_bf16, resolve, statistics_precision
 from billhook.calibrate.statistics import Statistic
 from billhook.errors import BillhookError
 from billhook.models.source import Resident, Source, Streamed, dtype_of, source_of
@@ -40,6 +41,8 @@ from billhook.surgery.modeling_slim import SlimAttention, SlimBlock
 from billhook.surgery.shrink import keep_blocks_
 from billhook.surgery.slim import dims_of, resize_
 from billhook.system import finite, peak_memory, release_memory, resident_memory
+
+log = logging.getLogger("billhook")
 
 R = TypeVar("R")
 Needs = Literal["calibration", "nothing", "forward"]
@@ -401,6 +404,12 @@ class Walk:
         self.device = torch.device(device if device is not None else default)
         self.dtype = dtype_of(model)
         self.precision = resolve(precision, self.device, self.dtype)
+        if precision == "bf16" and needs != "nothing" and not has_bf16(self.device):
+            log.warning(
+                "This %s does not multiply bfloat16 in hardware: precision bf16 is several times slower here than "
+                "highest, and less exact.",
+                {"cpu": "processor", "cuda": "GPU"}.get(self.device.type, "device"),
+            )
 
         if shared is None and len(batches) == 0 and needs != "nothing":
             raise BillhookError("Calibration batches are needed but none were given.")
