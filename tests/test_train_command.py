@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
+from billhook import train
 from billhook.cli import app
 from billhook.errors import BillhookError
+from billhook.models.files import DiskFull
 from billhook.recipe import parse_as
 from billhook.tasks import loop
 from billhook.train import TrainJob, execute_training, load_trained
@@ -99,6 +102,20 @@ def test_from_an_earlier_training(images: str, tmp_path: Path) -> None:
     with pytest.raises(BillhookError, match="not written by billhook train"):
         load_trained(tmp_path)
     assert not list(tmp_path.glob("x*"))
+
+
+def test_a_full_disk_is_one_sentence(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **more: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    job = recipe(images, tmp_path / "x", epochs=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "save_file", full)
+        with pytest.raises(DiskFull, match=r"The disk that holds .*x\.partial is full: free some room"):
+            execute_training(job)
+    assert not (tmp_path / "x").exists()
+    execute_training(job)
+    assert load_trained(tmp_path / "x")
 
 
 def test_wrong_recipes(images: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from billhook.errors import BillhookError, nearest
 from billhook.export.folder import Target
-from billhook.models.files import write_atomically
+from billhook.models.files import room, write_atomically
 from billhook.system import machine, versions
 from billhook.tasks import Training, load_images, network
 from billhook.training import PRUNERS, SparseTraining, Stretch
@@ -60,6 +60,7 @@ def execute_training(job: TrainJob, *, force: bool = False) -> tuple[dict[str, A
 
     Raises:
         BillhookError: unknown names, data that is not there, or a folder that must not be overwritten.
+        DiskFull: there is no room; what was trained until then stays resumable.
     """
     options = dict(job.network)
     name = options.pop("name", None)
@@ -77,37 +78,38 @@ def execute_training(job: TrainJob, *, force: bool = False) -> tuple[dict[str, A
     if target.open(fingerprint, force, marker=FILE):
         return json.loads((target.out / FILE).read_text(encoding="utf-8")), True
 
-    settings = {key: getattr(job, key) for key in ("epochs", "batch", "lr", "momentum", "weight_decay", "augment")}
-    training = Training(images, **settings, warmup=job.warmup, clip=job.clip, label=job.method or "dense")
-    before = training.accuracy(model) if job.start is not None else None
-    begin = time.perf_counter()
-    if method is None:
-        training.run(model, Stretch(seed=job.seed), keep=target.staging / "state.safetensors")
-    elif isinstance(method, SeveralRuns):
-        method.run(model, train=training, evaluate=training.accuracy, out=target.staging / "runs")
-    else:
-        training.prune(model, method, seed=job.seed, keep=target.staging / "state.safetensors")
-    record: dict[str, Any] = {
-        "fingerprint": fingerprint,
-        "recipe": values,
-        "accuracy_before": before,
-        "accuracy": training.accuracy(model),
-        "test_images": len(images.test),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "sparsity": {n: 1 - int(w.count_nonzero()) / w.numel() for n, w in prunable(model).items()},
-        "seconds": time.perf_counter() - begin,
-        "versions": versions(),
-        "machine": machine(),
-    }
-    weights = prunable(model).values()
-    record["total_sparsity"] = 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
-    result = target.staging / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    result.mkdir()
-    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, result / WEIGHTS)
-    for file, content in ((FILE, record), ("run.json", {"fingerprint": fingerprint})):
-        write_atomically(result / file, [json.dumps(content, indent=1).encode()])
-    target.publish(result)
+    with room(target.staging):
+        settings = {key: getattr(job, key) for key in ("epochs", "batch", "lr", "momentum", "weight_decay", "augment")}
+        training = Training(images, **settings, warmup=job.warmup, clip=job.clip, label=job.method or "dense")
+        before = training.accuracy(model) if job.start is not None else None
+        begin = time.perf_counter()
+        if method is None:
+            training.run(model, Stretch(seed=job.seed), keep=target.staging / "state.safetensors")
+        elif isinstance(method, SeveralRuns):
+            method.run(model, train=training, evaluate=training.accuracy, out=target.staging / "runs")
+        else:
+            training.prune(model, method, seed=job.seed, keep=target.staging / "state.safetensors")
+        record: dict[str, Any] = {
+            "fingerprint": fingerprint,
+            "recipe": values,
+            "accuracy_before": before,
+            "accuracy": training.accuracy(model),
+            "test_images": len(images.test),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "sparsity": {n: 1 - int(w.count_nonzero()) / w.numel() for n, w in prunable(model).items()},
+            "seconds": time.perf_counter() - begin,
+            "versions": versions(),
+            "machine": machine(),
+        }
+        weights = prunable(model).values()
+        record["total_sparsity"] = 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
+        result = target.staging / "result"
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, result / WEIGHTS)
+        for file, content in ((FILE, record), ("run.json", {"fingerprint": fingerprint})):
+            write_atomically(result / file, [json.dumps(content, indent=1).encode()])
+        target.publish(result)
     return record, False
 
 
