@@ -119,6 +119,7 @@ def prune(model: Any, tokens: torch.Tensor, args: argparse.Namespace) -> None:
             skip_sub_layer="no_skip",
             without_same_sign=True,
             get_time_overhead=False,
+            without_DSnoT=False,
         )
         theirs.prune_DSnoT(options, model, None, device, prune_n=n, prune_m=m)
         return
