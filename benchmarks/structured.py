@@ -4,12 +4,13 @@
     python benchmarks/structured.py speed --model DIR --work WORK
     python benchmarks/structured.py table --work WORK
 
-Laptop protocol. `quality` removes each ratio of the blocks' parameters (of the hidden width: methods that slice) by each
-method, in a process of its own whose peak memory the operating system counts, and judges what came out with plain Transformers, by protocol.py, which does
-not know billhook. With --recover each result is then trained for a short while, all for as many steps on the same
-text, none of which calibrated. `speed` is for a quiet machine: it measures the folders that `quality` left in WORK
-against the dense model, in PyTorch and, where the format can say the widths, in llama.cpp. Everything measured is
-in WORK/structured.json at once, so a stopped run goes on; `table` prints it as Markdown.
+Laptop protocol. `quality` removes each ratio of the blocks' parameters by each method (of the hidden width: methods
+that slice), in a process of its own whose peak memory the operating system counts, and judges what came out with
+plain Transformers, by protocol.py, which does not know billhook. With --recover each result is then trained for a
+short while, all for as many steps on the same text, none of which calibrated. `speed` is for a quiet machine: it
+measures the folders that `quality` left in WORK against the dense model, in PyTorch and, where the format can say the
+widths, in llama.cpp. Everything measured is in WORK/structured.json at once, so a stopped run goes on; `table` prints
+it as Markdown.
 
 This process imports neither torch nor billhook: see peer.py.
 """
