@@ -35,14 +35,15 @@ COLUMNS = (
 
 
 def call(command: list[str]) -> dict[str, Any]:
-    """Runs a worker and reads the JSON object on the last line of its output."""
+    """Runs a worker and reads the last JSON object of its output."""
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     if command[0] != sys.executable:
         env.pop("PYTHONPATH", None)  # meant for this python; the peer's has packages of its own
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-4000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    begin = done.stdout.rfind("\n{") + 1  # the last object, on one line or many, after whatever libraries print
+    result: dict[str, Any] = json.loads(done.stdout[begin:])
     return result
 
 

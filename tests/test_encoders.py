@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from billhook.anatomy import anatomy_of
 from billhook.errors import BillhookError
 from billhook.measure.perplexity import has_perplexity
 from billhook.surgery.slim import is_slim, only_renames, slim_
+from foreign import run_foreign
 from tiny import FAMILIES, batches_for, build, tiny_tokenizer, weights_of
 
 CLASSES = {
@@ -32,9 +30,7 @@ CLASSES = {
 }
 
 FOREIGN = """
-import sys
-sys.modules["billhook"] = None
-import torch, transformers
+import sys, torch, transformers
 from safetensors.torch import save_file
 folder, result, cls = sys.argv[1:]
 ids = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -113,11 +109,8 @@ def test_a_folder_is_used_without_billhook(family: str, name: str, tmp_path: Pat
     bh.prune(model, bh.method(name, sparsity=0.34), batches_for(family), out=tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("auto_map", {CLASSES[family]: None}).keys() == {CLASSES[family]}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "cache")}
     result = tmp_path / "foreign.safetensors"
-    command = [sys.executable, "-I", "-c", FOREIGN, str(tmp_path / "out"), str(result), CLASSES[family]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    run_foreign(FOREIGN, tmp_path, str(tmp_path / "out"), str(result), CLASSES[family])
     found, again = load_file(result), bh.load(tmp_path / "out")[0]
     torch.testing.assert_close(found["plain"], outputs(again), rtol=1e-5, atol=1e-5)
     mask = torch.ones(2, 24, dtype=torch.long)

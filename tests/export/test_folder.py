@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +19,14 @@ from billhook.models.checkpoint import COMPRESSED, Checkpoint
 from billhook.models.files import DiskFull
 from billhook.models.source import source_of
 from billhook.run import export_plain
+from foreign import run_foreign
 from tiny import batches_for, build, tiny_tokenizer, weights_of
 
 MakeFolder = Callable[..., Path]
 
 # Billhook cannot be imported here, so what loads is a plain Transformers folder.
 PLAIN = """
-import sys
-sys.modules["billhook"] = None
-import torch, transformers
+import sys, torch, transformers
 from safetensors.torch import save_file
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 ids = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -42,10 +38,7 @@ save_file({"logits": logits, **{f"p.{n}": p.detach().clone() for n, p in model.n
 
 def loaded_plainly(path: Path, scratch: Path) -> dict[str, torch.Tensor]:
     result = scratch / "plain.safetensors"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", textwrap.dedent(PLAIN), str(path), str(result)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_foreign(PLAIN, scratch, str(path), str(result))
     return load_file(result)
 
 
