@@ -22,7 +22,7 @@ from sparse_training import cifar
 
 import billhook as bh
 from billhook.methods.base import METHODS
-from billhook.tasks import Training, network
+from billhook.tasks import Classification, Training, network
 
 BATCH = 32  # images per calibration batch and step of iCBS
 
@@ -44,7 +44,7 @@ def main() -> None:
     known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
     images = cifar(arguments.cifar, arguments.train_images, arguments.test_images)
-    training = Training(images, epochs=arguments.epochs, batch=64, lr=0.05, clip=1.0, weight_decay=1e-4)
+    training = Training(Classification(images), epochs=arguments.epochs, batch=64, lr=0.05, clip=1.0, weight_decay=1e-4)
     weights = arguments.work / "vit.safetensors"
 
     def fresh() -> Any:
@@ -66,7 +66,7 @@ def main() -> None:
         print(key, {k: round(v, 4) for k, v in value.items()}, flush=True)
 
     if "dense" not in known:
-        keep("dense", accuracy=training.accuracy(trained()))
+        keep("dense", accuracy=training.measure(trained()))
     for density in arguments.densities:
         for name in arguments.methods:
             for seed in arguments.seeds[: 1 if name == "magnitude" else None]:
@@ -82,7 +82,7 @@ def main() -> None:
                 report = bh.prune(model.inner, method, batches)
                 keep(
                     f"{name} {density} {seed}",
-                    accuracy=training.accuracy(model),
+                    accuracy=training.measure(model),
                     sparsity=report.steps[-1].sparsity,
                     seconds=time.perf_counter() - begin,
                 )

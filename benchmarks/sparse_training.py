@@ -24,7 +24,7 @@ from torch import nn
 
 import billhook as bh
 from billhook.declared import split_outside
-from billhook.tasks import Images, Training, network
+from billhook.tasks import Classification, Images, Training, network
 from billhook.training import PRUNERS
 from billhook.training.runs import RUNS
 
@@ -90,7 +90,7 @@ def main() -> None:
 
     known: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     images = cifar(arguments.cifar, arguments.train_images, arguments.test_images)
-    training = Training(images, epochs=arguments.epochs, batch=arguments.batch, lr=arguments.lr)
+    training = Training(Classification(images), epochs=arguments.epochs, batch=arguments.batch, lr=arguments.lr)
 
     def keep(key: str, **value: Any) -> None:
         known[key] = value
@@ -98,7 +98,7 @@ def main() -> None:
         print(key, {k: round(v, 4) for k, v in value.items()}, flush=True)
 
     if "dense" not in known:
-        keep("dense", accuracy=training.accuracy(start(arguments, 0)))
+        keep("dense", accuracy=training.measure(start(arguments, 0)))
     methods, sparsities = split_outside(arguments.methods, ","), arguments.sparsities.split(",")
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     for seed in seeds:
@@ -117,7 +117,7 @@ def main() -> None:
                 absent = 1 - sum(int(w.count_nonzero()) for w in weights.values()) / sum(
                     w.numel() for w in weights.values()
                 )
-                keep(key, accuracy=training.accuracy(model), sparsity=absent, seconds=seconds)
+                keep(key, accuracy=training.measure(model), sparsity=absent, seconds=seconds)
 
     print(f"\nDense: {100 * known['dense']['accuracy']:.2f}\n")
     print("| method | " + " | ".join(f"{float(s):.0%}" for s in sparsities) + " |")

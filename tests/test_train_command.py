@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import billhook as bh
 from billhook import train
 from billhook.cli import app
 from billhook.errors import BillhookError
@@ -18,6 +23,7 @@ from billhook.models.files import DiskFull
 from billhook.recipe import parse_as
 from billhook.tasks import loop
 from billhook.train import TrainJob, execute_training, load_trained
+from billhook.training.prunable import prunable
 from idx import write_idx
 
 
@@ -58,7 +64,7 @@ def test_a_folder_comes_out(images: str, tmp_path: Path, method: str | None) -> 
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 2)
     again, already = execute_training(recipe(images, tmp_path / "out", method=method))
     assert already
-    assert again["accuracy"] == record["accuracy"]
+    assert again["after"] == record["after"]
     with pytest.raises(BillhookError, match="another billhook command"):
         execute_training(recipe(images, tmp_path / "out", method=method, lr=0.01))
 
@@ -93,7 +99,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
 def test_from_an_earlier_training(images: str, tmp_path: Path) -> None:
     execute_training(recipe(images, tmp_path / "dense"))
     job = recipe(images, tmp_path / "sparse", start=tmp_path / "dense", method="one-shot(sparsity=0.5)", epochs=1)
-    assert execute_training(job)[0]["accuracy_before"] is not None
+    assert execute_training(job)[0]["before"] is not None
     other = recipe(images, tmp_path / "x", start=tmp_path / "dense", network={"name": "mlp", "widths": [64, 2]})
     with pytest.raises(BillhookError, match="of another network"):
         execute_training(other)
@@ -132,6 +138,79 @@ def test_wrong_recipes(images: str, tmp_path: Path) -> None:
     with pytest.raises(BillhookError, match="no name"):
         execute_training(recipe(images, tmp_path / "x", network={"depth": 3}))
     assert not (tmp_path / "x.partial").exists()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    g = torch.Generator().manual_seed(0)
+    for i in range(8):
+        pixels = torch.rand(1, 3, 6, 8, generator=g)
+        pixels = torch.nn.functional.interpolate(pixels, (36, 48), mode="bicubic").clamp(0, 1)[0]
+        Image.fromarray((pixels.permute(1, 2, 0) * 255).to(torch.uint8).numpy()).save(folder / f"{i}.png")
+    return folder
+
+
+def test_photographs(photos: Path, tmp_path: Path) -> None:
+    network = {"name": "edsr", "scale": 2, "features": 8, "blocks": 1}
+    values = {"photos": str(photos), "network": network, "patch": 12, "batch": 4, "epochs": 2, "out": tmp_path / "out"}
+    record, _ = execute_training(TrainJob(**values, method="iss-p(sparsity=0.5, least=100)", lr=1e-3))
+    assert record["metric"] == "psnr"
+    assert re.fullmatch(r"PSNR \d+\.\d\d dB on 2 test photographs", record["summary"])
+    assert record["total_sparsity"] > 0.3
+    assert load_trained(tmp_path / "out")(torch.zeros(1, 3, 5, 6)).shape == (1, 3, 10, 12)
+
+
+def test_text_and_a_small_llama(corpus: Path, tmp_path: Path) -> None:
+    network = {"name": "llama", "hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "mlp": 32}
+    values = {"text": f"text:{corpus}", "network": network, "length": 32, "epochs": 1, "batch": 8}
+    record, _ = execute_training(TrainJob(**values, out=tmp_path / "out", method="gmp(sparsity=0.5, update_every=1)"))
+    assert record["summary"].startswith("perplexity ")
+    assert " per byte on " in record["summary"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # as any model of Transformers
+    for name, weight in load_trained(tmp_path / "out").named_parameters():
+        assert torch.equal(weight, model.get_parameter(name)), name
+    again = TrainJob(**values, out=tmp_path / "again", start=tmp_path / "out")
+    assert execute_training(again)[0]["before"] == pytest.approx(record["after"])
+
+
+def test_text_and_a_pretrained_model(make_folder: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
+    folder = make_folder()
+    values = {"text": f"text:{corpus}", "length": 16, "epochs": 1, "batch": 8}
+    network = {"name": "pretrained", "model": str(folder)}
+    record, _ = execute_training(
+        TrainJob(**values, network=network, out=tmp_path / "out", method="one-shot(sparsity=0.5)")
+    )
+    assert record["before"] > 1
+    assert " per token on " in record["summary"]
+    assert record["total_sparsity"] == pytest.approx(0.5, abs=0.01)
+    model, tokenizer = bh.load(tmp_path / "out")
+    assert tokenizer is not None
+    assert record["sparsity"].keys() == prunable(model).keys()
+    assert load_trained(tmp_path / "out").config.model_type == "llama"
+    with pytest.raises(BillhookError, match="start's folder as its model"):
+        execute_training(TrainJob(**values, network=network, start=folder, out=tmp_path / "x"))
+
+
+def test_data_and_network_must_fit(images: str, photos: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    for wrong, message in (
+        ({"images": images, "text": f"text:{corpus}", "network": {"name": "llama"}}, "names images and text"),
+        (
+            {"images": images, "network": {"name": "edsr"}},
+            "Network edsr is for a recipe with photos; for images",
+        ),
+        ({"photos": str(photos), "network": {"name": "vgg"}}, "for photos there are edsr, swin2sr"),
+        ({"images": images, "test_photos": str(photos), "network": {"name": "mlp"}}, "test_photos belongs"),
+        ({"images": images, "network": {"name": "pretrained", "model": "demo"}}, "recipe with text"),
+        ({"text": f"text:{corpus}", "network": {"name": "pretrained"}}, "recipe with text"),
+        ({"images": images, "network": {"name": "resnet8"}}, "does not take this data"),
+        ({"images": images, "network": {"name": "mlp"}, "optimizer": "adma"}, "No optimizer 'adma'"),
+    ):
+        with pytest.raises(BillhookError, match=message):
+            execute_training(TrainJob(**wrong, out=out))
+        assert not list(tmp_path.glob("x*"))
 
 
 def test_the_command(images: str, tmp_path: Path) -> None:

@@ -372,7 +372,7 @@ def compare(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML: images, network, method, epochs, ..., out.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML: images, photos or text, network, ..., out.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write, instead of the recipe's.")] = None,
     method: Annotated[
         str | None, typer.Option("--method", "-m", help="As in the recipe: granet(sparsity=0.9).")
@@ -384,7 +384,7 @@ def train(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a small network of the built-in tasks while pruning it: for trying methods of sparse training.
+    """Train a network on images, photographs or text while pruning it: for trying methods of sparse training.
 
     Killed? Run the same command again: it goes on from its last minute.
 
@@ -403,10 +403,8 @@ def train(
     if as_json:
         _print_json({"out": str(job.out), **record})
     elif not quiet:
-        _say(
-            f"Accuracy {record['accuracy']:.2%} on {record['test_images']} test images at sparsity "
-            f"{record['total_sparsity']:.2%}."
-        )
+        summary = record["summary"]
+        _say(f"{summary[0].upper()}{summary[1:]} at sparsity {record['total_sparsity']:.2%}.")
         _say(("Already there: " if already else "Written: ") + str(job.out))
 
 

@@ -1,4 +1,4 @@
-"""Training a classifier on images in memory, by Accelerate."""
+"""Training a network on a task in memory, by Accelerate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from billhook.errors import BillhookError
 from billhook.models.files import write_atomically
 from billhook.progress import bar
-from billhook.tasks.images import Images
+from billhook.tasks.task import Task
 from billhook.training import Pruner, SparseTraining, Stretch
 from billhook.training.schedules import cosine
 from billhook.training.state import pack_optimizer, pack_state, unpack_optimizer, unpack_state
@@ -26,41 +26,71 @@ from billhook.training.state import pack_optimizer, pack_state, unpack_optimizer
 _KEEP_SECONDS = 60.0
 
 
+_OPTIMIZERS = ("sgd", "adam", "adamw")
+
+
 @dataclass(frozen=True)
 class Training:
-    """A recipe of training: SGD with Nesterov momentum on cross-entropy, and a cosine from `lr` to 0 after a warm-up.
+    """A recipe of training: a warm-up to `lr`, a while at it, and a cosine from there to 0.
 
     Called with a model and a stretch it is a training function for methods that own several runs.
 
     Attributes:
-        images: what to train on.
-        epochs, batch, lr, momentum, weight_decay: as usual.
-        augment: shift images by up to an eighth and flip them.
-        warmup: fraction of the training.
+        task: what to learn, on which data.
+        epochs: of the training part.
+        batch, lr, optimizer, weight_decay: examples per step, peak rate, sgd, adam or adamw, and decay; the task's own
+            if not given.
+        momentum: of sgd, Nesterov's.
+        warmup, hold: fractions of the training that the rate rises, and that it then stays at `lr`.
         clip: norm to which gradients are clipped, if any.
         label: what the progress bar says.
     """
 
-    images: Images
+    task: Task
     epochs: float = 10
-    batch: int = 128
-    lr: float = 0.1
+    batch: int | None = None
+    lr: float | None = None
+    optimizer: str | None = None
     momentum: float = 0.9
-    weight_decay: float = 5e-4
-    augment: bool = True
+    weight_decay: float | None = None
     warmup: float = 0.05
+    hold: float = 0.0
     clip: float | None = None
     label: str = "train"
 
+    def __post_init__(self) -> None:
+        if self.warmup + self.hold >= 1:
+            raise BillhookError(
+                f"warmup={self.warmup:g} and hold={self.hold:g} leave nothing of the training for the rate to fall in: "
+                "their sum must be less than 1."
+            )
+        if self.of_optimizer not in _OPTIMIZERS:
+            raise BillhookError(f"No optimizer {self.optimizer!r}: there are {', '.join(_OPTIMIZERS)}.")
+
+    @property
+    def per_step(self) -> int:
+        """Examples of a step."""
+        return min(self.batch or self.task.batch, self.task.examples)
+
+    @property
+    def peak(self) -> float:
+        """The largest learning rate."""
+        return self.task.lr if self.lr is None else self.lr
+
+    @property
+    def of_optimizer(self) -> str:
+        return self.optimizer or self.task.optimizer
+
     def steps(self, length: float = 1.0) -> int:
         """Optimizer steps of a training."""
-        return max(1, round(length * self.epochs * len(self.images.train) / self.batch))
+        return max(1, round(length * self.epochs * self.task.examples / self.per_step))
 
     def rate(self, progress: float) -> float:
         """Factor on the learning rate at a fraction of the training."""
         if progress < self.warmup:
             return progress / self.warmup
-        return cosine(progress - self.warmup, 1 - self.warmup, 1.0)
+        begin = self.warmup + self.hold
+        return 1.0 if progress < begin else cosine(progress - begin, 1 - begin, 1.0)
 
     def __call__(self, model: nn.Module, stretch: Stretch | None = None) -> None:
         """Train over a stretch (everything by default)."""
@@ -97,9 +127,7 @@ class Training:
         saved = _read(keep) if keep is not None and keep.is_file() else None
         if saved is not None:
             model.load_state_dict(saved["model"])
-        optimizer = torch.optim.SGD(
-            model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
-        )
+        optimizer: Any = self._optimizer(model)
         if saved is not None:
             optimizer.load_state_dict(saved["optimizer"])
             first = saved["step"]
@@ -108,7 +136,6 @@ class Training:
             pruner = method.attach(model, optimizer, last - begin, saved and saved["pruner"])
         prepared, optimizer = accelerator.prepare(model, optimizer)
         prepared.train()
-        images, labels = self.images.train.to(accelerator.device), self.images.train_labels.to(accelerator.device)
         rate = stretch.rate or self.rate
         share, rank = accelerator.num_processes, accelerator.process_index
         written = time.monotonic()
@@ -118,15 +145,11 @@ class Training:
                 if keep is not None and accelerator.is_main_process and time.monotonic() - written > _KEEP_SECONDS:
                     _write(keep, step, model, optimizer, pruner)
                     written = time.monotonic()
-                chosen, generator = self._batch(step, stretch.seed)
-                chosen = chosen[rank::share]
-                x = images[chosen.to(images.device)]
-                if self.augment:
-                    x = shifted_and_flipped(x, generator)
+                chosen, draws = self._batch(step, stretch.seed)
                 for group in optimizer.param_groups:
-                    group["lr"] = self.lr * rate(step / total)
+                    group["lr"] = self.peak * rate(step / total)
                 optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(prepared(x), labels[chosen.to(labels.device)])
+                loss = self.task.loss(prepared, chosen[rank::share], draws)
                 if not bool(torch.isfinite(loss)):
                     raise BillhookError(
                         f"The loss is not finite at step {step} of {total}: lower the learning rate, or clip gradients."
@@ -140,39 +163,55 @@ class Training:
                 advance()
         return pruner
 
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        parameters = model.parameters()
+        decay = self.task.weight_decay if self.weight_decay is None else self.weight_decay
+        if self.of_optimizer == "sgd":
+            return torch.optim.SGD(parameters, self.peak, self.momentum, weight_decay=decay, nesterov=self.momentum > 0)
+        kind = torch.optim.AdamW if self.of_optimizer == "adamw" else torch.optim.Adam
+        return kind(parameters, self.peak, weight_decay=decay)
+
     def _batch(self, step: int, seed: int) -> tuple[Tensor, torch.Generator]:
-        """Which images a step sees: a function of seed and step alone."""
-        per_epoch = max(1, len(self.images.train) // self.batch)
+        """Which examples a step sees: a function of seed and step alone."""
+        per_epoch = max(1, self.task.examples // self.per_step)
         epoch, place = divmod(step, per_epoch)
-        order = _order(len(self.images.train), 1_000_003 * seed + epoch)
+        order = _order(self.task.examples, 1_000_003 * seed + epoch)
         draws = torch.Generator().manual_seed((1_000_003 * seed + step) * 2 + 1)
-        return order[place * self.batch : (place + 1) * self.batch], draws
+        return order[place * self.per_step : (place + 1) * self.per_step], draws
 
     @torch.no_grad()
-    def accuracy(self, model: nn.Module) -> float:
-        """Fraction of the test images that are named right."""
+    def measure(self, model: nn.Module) -> float:
+        """The task's metric on its test part."""
         training = model.training
         model.eval()
-        device = next(model.parameters()).device
-        right = 0
-        for x, y in zip(*(torch.split(t, 500) for t in (self.images.test, self.images.test_labels)), strict=True):
-            right += int((model(x.to(device)).argmax(1).cpu() == y).sum())
-        model.train(training)
-        return right / len(self.images.test)
+        try:
+            return self.task.measure(model)
+        finally:
+            model.train(training)
 
+    def score(self, model: nn.Module) -> float:
+        """The same with a sign by which more is better, as methods that compare runs ask for it."""
+        value = self.measure(model)
+        return value if self.task.higher else -value
 
-def shifted_and_flipped(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to an eighth of its size in both directions (zeros come in), and flipped or not."""
-    n, _, height, width = x.shape
-    reach = height // 8
-    shift = torch.randint(0, 2 * reach + 1, (2, n), generator=generator)
-    flip = torch.rand(n, generator=generator) < 0.5
-    padded = nn.functional.pad(x, (reach,) * 4)
-    rows = (torch.arange(height) + shift[0][:, None])[:, :, None]
-    columns = torch.arange(width).expand(n, width)
-    columns = (torch.where(flip[:, None], columns.flip(1), columns) + shift[1][:, None])[:, None, :]
-    index = torch.arange(n)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows, columns].permute(0, 3, 1, 2).contiguous()
+    @torch.no_grad()
+    def try_out(self, model: nn.Module) -> None:
+        """See whether the network takes the task's data, before work starts.
+
+        Raises:
+            BillhookError: it does not.
+        """
+        training = model.training
+        model.eval()
+        try:
+            self.task.loss(model, torch.arange(min(2, self.task.examples)), torch.Generator().manual_seed(0))
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise BillhookError(
+                f"The network does not take this data ({reason}): its options must fit sizes, channels and classes."
+            ) from None
+        finally:
+            model.train(training)
 
 
 @lru_cache(maxsize=1)  # a step of the same epoch asks for the same

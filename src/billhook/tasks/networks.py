@@ -111,16 +111,30 @@ def mlp(widths: Sequence[int] = (784, 300, 100, 10)) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class LogitsOnly(nn.Module):
-    """A Transformers classifier that is called with pixels and returns logits."""
+class Bare(nn.Module):
+    """A Transformers model that is called with pixels and returns the one tensor that matters.
 
-    def __init__(self, inner: nn.Module) -> None:
+    Args:
+        inner: the model.
+        output: name of the tensor.
+        multiple: of which height and width must be; what is missing is padded, and cut off an enlarged result.
+    """
+
+    def __init__(self, inner: nn.Module, output: str, multiple: int = 1) -> None:
         super().__init__()
         self.inner = inner
+        self.output = output
+        self.multiple = multiple
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.inner(pixel_values=x).logits
-        return logits
+        if self.multiple == 1:
+            result: Tensor = self.inner(pixel_values=x)[self.output]
+            return result
+        height, width = x.shape[2:]
+        x = nn.functional.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+        result = self.inner(pixel_values=x)[self.output]
+        scale = result.shape[2] // x.shape[2]
+        return result[:, :, : height * scale, : width * scale]
 
 
 def vit(
@@ -131,7 +145,7 @@ def vit(
     heads: int = 3,
     classes: int = 10,
     channels: int = 3,
-) -> LogitsOnly:
+) -> Bare:
     """A small vision transformer of the Transformers class."""
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -145,7 +159,7 @@ def vit(
         num_channels=channels,
         num_labels=classes,
     )
-    return LogitsOnly(ViTForImageClassification(config))
+    return Bare(ViTForImageClassification(config), "logits")
 
 
 class EDSR(nn.Module):
@@ -186,14 +200,54 @@ class EDSR(nn.Module):
         return enlarged
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": mlp,
-    "resnet8": lambda **options: CifarResNet(8, **options),
-    "resnet20": lambda **options: CifarResNet(20, **options),
-    "resnet56": lambda **options: CifarResNet(56, **options),
-    "vgg": vgg,
-    "vit": vit,
-    "edsr": EDSR,
+def swin2sr(
+    scale: int = 2, features: int = 60, depths: Sequence[int] = (6, 6, 6, 6), heads: int = 6, window: int = 8
+) -> Bare:
+    """Super-resolution by shifted windows, of the Transformers class; by default as large as SwinIR-light."""
+    from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
+
+    config = Swin2SRConfig(
+        embed_dim=features,
+        depths=list(depths),
+        num_heads=[heads] * len(depths),
+        window_size=window,
+        mlp_ratio=2.0,
+        upscale=scale,
+        upsampler="pixelshuffledirect",
+        img_range=1.0,
+    )
+    return Bare(Swin2SRForImageSuperResolution(config), "reconstruction", window)
+
+
+def llama(hidden: int = 128, layers: int = 4, heads: int = 4, kv_heads: int = 2, mlp: int = 352) -> nn.Module:
+    """A small Llama of the Transformers class that reads and writes bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
+
+
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], str]] = {  # what makes it, and which kind of task it is for
+    "mlp": (mlp, "images"),
+    "resnet8": (lambda **options: CifarResNet(8, **options), "images"),
+    "resnet20": (lambda **options: CifarResNet(20, **options), "images"),
+    "resnet56": (lambda **options: CifarResNet(56, **options), "images"),
+    "vgg": (vgg, "images"),
+    "vit": (vit, "images"),
+    "edsr": (EDSR, "photos"),
+    "swin2sr": (swin2sr, "photos"),
+    "llama": (llama, "text"),
 }
 
 
@@ -201,13 +255,15 @@ def network(name: str, seed: int = 0, **options: Any) -> nn.Module:
     """A freshly initialised network by name.
 
     Raises:
-        BillhookError: no such network or option.
+        BillhookError: no such network or option, or a value that it cannot be built with.
     """
     if name not in NETWORKS:
         raise BillhookError(f"No network {name!r}{nearest(name, NETWORKS)}: there are {', '.join(NETWORKS)}.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return NETWORKS[name](**options)
-        except TypeError as error:
-            raise BillhookError(f"Network {name}: {error}.") from None
+            return NETWORKS[name][0](**options)
+        except BillhookError:
+            raise
+        except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+            raise BillhookError(f"Network {name}: {(str(error).splitlines() or ['?'])[0].rstrip('.')}.") from None
