@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import ot
 import pytest
 import torch
 from torch import Tensor
@@ -82,6 +83,78 @@ def test_the_principal_axes_lose_less() -> None:
             basis = method.basis(x if name == "dotresize" else x.T @ x, 6)  # type: ignore[attr-defined]
             lost[name] = float((x - x @ basis @ basis.T).norm())
         assert lost["dotresize"] >= lost["slicegpt"]
+
+
+def test_merging_loses_less_than_deleting_and_more_than_principal_axes() -> None:
+    lost: dict[str, list[float]] = {"delete": [], "merge": [], "axes": []}
+    for seed in range(20):
+        x = signal(seed=seed)
+        bases = {
+            "delete": bh.method("dotresize", merge=False).basis(x, 6),  # type: ignore[attr-defined]
+            "merge": bh.method("dotresize").basis(x, 6),  # type: ignore[attr-defined]
+            "axes": bh.method("slicegpt").basis(x.T @ x, 6),  # type: ignore[attr-defined]
+        }
+        for name, basis in bases.items():
+            lost[name].append(float((x - x @ basis @ basis.T).norm() / x.norm()))
+    assert all(axes <= merge for axes, merge in zip(lost["axes"], lost["merge"], strict=True))
+    assert sum(lost["merge"]) < sum(lost["delete"])
+
+
+def test_little_entropy_is_the_exact_transport() -> None:
+    x, kept = signal(), torch.tensor([1, 2, 5, 7, 8])
+    cost = torch.cdist(x.T, x.T[kept], p=1.0)
+    cost /= cost.max()
+    exact = ot.emd(torch.full((12,), 1 / 12).double(), torch.full((5,), 1 / 5).double(), cost)
+    assert int((exact > 1e-12).sum()) <= 12 + 5 - 1
+    plan = transport_plan(x, kept, "l1", 1e-3, 20_000)
+    assert float((plan * cost).sum()) == pytest.approx(float((exact * cost).sum()), rel=0.01)
+
+
+@pytest.mark.parametrize("cost", ["l1", "sqeuclidean"])
+def test_the_plan_meets_the_conditions_of_its_optimum(cost: str) -> None:
+    """λ log T + C is a sum of one number per row and one per column."""
+    x, kept = signal(), torch.tensor([0, 4, 9])
+    distance = torch.cdist(x.T, x.T[kept], p=1.0 if cost == "l1" else 2.0) ** (1 if cost == "l1" else 2)
+    prices = 0.2 * transport_plan(x, kept, cost, 0.2, 5000).log() + distance / distance.max()
+    rest = prices - prices.mean(0, keepdim=True) - prices.mean(1, keepdim=True) + prices.mean()
+    assert float(rest.abs().max()) < 1e-9
+
+
+def test_without_merging_the_other_coordinates_are_deleted() -> None:
+    x = signal()
+    basis = bh.method("dotresize", merge=False).basis(x, 5)  # type: ignore[attr-defined]
+    assert set(basis.unique().tolist()) == {0.0, 1.0}
+    kept = basis.nonzero()[:, 0]
+    assert x.square().sum(0).topk(5).indices.sort().values.equal(kept.sort().values)
+
+
+def test_what_qr_leaves_aside_cancels_around_a_norm() -> None:
+    """The paper's T · R⁻¹ · norm · R · T⁺ is the norm of a signal in an orthonormal basis of T's columns."""
+    x = signal()
+    plan = transport_plan(x, torch.tensor([0, 3, 4, 9]), "l1", 0.1, 5000)
+    readers = torch.randn(12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+    def norm(y: Tensor) -> Tensor:
+        return y / y.square().mean(-1, keepdim=True).sqrt()
+
+    _, r = torch.linalg.qr(plan)
+    literal = norm(x @ plan @ r.inverse()) @ r @ torch.linalg.pinv(plan) @ readers
+    basis = orthonormal(plan, x.square().sum(0))
+    torch.testing.assert_close(norm(x @ basis) @ basis.T @ readers, literal, rtol=1e-6, atol=1e-8)
+
+
+def test_much_entropy_is_a_step_of_subspace_iteration() -> None:
+    """With squared distances the columns come to lie in span{1, diag(XᵀX), XᵀX_S}, at a rate of 1 over the entropy."""
+    x, kept = signal(hidden=8), torch.tensor([0, 3, 6])
+    gram = x.T @ x
+    span, _ = torch.linalg.qr(torch.cat([torch.ones(8, 1).double(), gram.diagonal()[:, None], gram[:, kept]], dim=1))
+    angles = []
+    for entropy in (10.0, 100.0, 1000.0):
+        plan = transport_plan(x, kept, "sqeuclidean", entropy, 5000)
+        basis, _ = torch.linalg.qr(plan)
+        angles.append(float(torch.linalg.matrix_norm(basis - span @ (span.T @ basis), ord=2)))
+    assert angles[1] < angles[0] / 5
+    assert angles[2] < angles[1] / 5
 
 
 def test_permuted_coordinates_give_permuted_rows() -> None:

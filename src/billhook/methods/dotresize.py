@@ -39,6 +39,7 @@ class DOTResize(SliceGPT):
     )
     cost: Literal["l1", "sqeuclidean"] = Field("l1", description="Distance between two coordinates' activations.")
     entropy: float = Field(0.1, gt=0, description="Weight of the entropy, in units of the largest cost.")
+    merge: bool = Field(True, description="False deletes the coordinates that do not stay: the control.")
     iterations: int = Field(500, ge=1, description="Sinkhorn iterations at most.")
 
     def statistic(self, walk: Walk) -> type[Statistic[Tensor]]:
@@ -60,6 +61,8 @@ class DOTResize(SliceGPT):
         _transport()
 
     def _merged(self, signal: Tensor, kept: Tensor) -> Tensor:
+        if not self.merge:
+            return torch.eye(signal.shape[1], dtype=signal.dtype, device=signal.device)[:, kept]
         plan = transport_plan(signal, kept, self.cost, self.entropy, self.iterations)
         return orthonormal(plan, signal.square().sum(0))
 
