@@ -57,11 +57,13 @@ def test_resnet_20_is_the_published_one() -> None:
         ("vgg", {"widths": (8, "M", 8), "channels": 1}, (2, 1, 8, 8)),
         ("vit", {"size": 8, "hidden": 16, "layers": 1, "heads": 2, "channels": 1}, (2, 1, 8, 8)),
         ("llama", {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "mlp": 32}, (2, 10)),
+        ("gpt2", {"hidden": 16, "layers": 1, "heads": 2, "length": 10}, (2, 10)),
+        ("opt", {"hidden": 16, "layers": 1, "heads": 2, "length": 10}, (2, 10)),
     ],
 )
 def test_networks(name: str, options: dict[str, object], shape: tuple[int, ...]) -> None:
     model = network(name, **options)
-    if name == "llama":
+    if len(shape) == 2:
         assert model(torch.zeros(shape, dtype=torch.long)).logits.shape == (2, 10, 256)
     else:
         assert model(torch.zeros(shape)).shape == (2, 10)

@@ -238,6 +238,49 @@ def llama(hidden: int = 128, layers: int = 4, heads: int = 4, kv_heads: int = 2,
     return model
 
 
+def gpt2(hidden: int = 128, layers: int = 4, heads: int = 4, length: int = 256) -> nn.Module:
+    """A small GPT-2 of the Transformers class that reads and writes bytes, at most `length`, without dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=256,
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=heads,
+        n_positions=length,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model
+
+
+def opt(hidden: int = 128, layers: int = 4, heads: int = 4, length: int = 256) -> nn.Module:
+    """A small OPT of the Transformers class that reads and writes bytes, at most `length`, without dropout."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,
+        ffn_dim=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=length,
+        dropout=0.0,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    model: nn.Module = OPTForCausalLM(config)
+    return model
+
+
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], str]] = {  # what makes it, and which kind of task it is for
     "mlp": (mlp, "images"),
     "resnet8": (lambda **options: CifarResNet(8, **options), "images"),
@@ -248,6 +291,8 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], str]] = {  # what makes it, 
     "edsr": (EDSR, "photos"),
     "swin2sr": (swin2sr, "photos"),
     "llama": (llama, "text"),
+    "gpt2": (gpt2, "text"),
+    "opt": (opt, "text"),
 }
 
 
