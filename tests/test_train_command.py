@@ -193,6 +193,13 @@ def test_text_and_a_pretrained_model(make_folder: Callable[..., Path], corpus: P
         execute_training(TrainJob(**values, network=network, start=folder, out=tmp_path / "x"))
 
 
+def test_several_processes_are_refused(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BillhookError, match="without torchrun"):
+        execute_training(recipe(images, tmp_path / "x"))
+    assert not list(tmp_path.glob("x*"))
+
+
 def test_data_and_network_must_fit(images: str, photos: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
     for wrong, message in (

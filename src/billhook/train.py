@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -85,10 +86,15 @@ def execute_training(job: TrainJob, *, force: bool = False) -> tuple[dict[str, A
         (record, already): `already` tells that the folder was there from the same recipe.
 
     Raises:
-        BillhookError: unknown names, data that is not there or does not fit the network, or a folder that must not be
-            overwritten.
+        BillhookError: several processes, unknown names, data that is not there or does not fit the network, or a folder
+            that must not be overwritten.
         DiskFull: there is no room; what was trained until then stays resumable.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BillhookError(
+            "billhook train works in one process: start it without torchrun (in a loop of your own, pruners work under "
+            "DistributedDataParallel)."
+        )
     method: Any = None if job.method is None else trained_by(job.method)
     kind = _kind(job)
     model, tokenizer = _network(job, kind)
