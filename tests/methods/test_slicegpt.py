@@ -12,6 +12,7 @@ import torch
 
 import billhook as bh
 from billhook.anatomy import anatomy_of, find_blocks
+from billhook.calibrate import walk as walk_module
 from billhook.calibrate.walk import Walk
 from billhook.export.folder import assemble
 from billhook.run import reshape
@@ -158,6 +159,30 @@ def test_dynamic_slicing_keeps_the_mean_and_the_order() -> None:
     shares = method.shared([1 - s for s in (0.2, 0.6, 1.0)], 0.3)  # type: ignore[attr-defined]
     assert influence  # hand case of base 0.2: LR = [0, 0.5, 1]
     assert shares == pytest.approx([0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+def test_what_is_held_from_pass_to_pass_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is computed once per batch and the rest once, instead of twice and two times; in float64."""
+    dense, runs = build(family).double(), []
+    for held in (walk_module._HELD, 0):
+        monkeypatch.setattr(walk_module, "_HELD", held)
+        model, calls = copy.deepcopy(dense), 0
+        forward = Walk.forward
+
+        def counted(self: Walk, *arguments: Any, forward: Any = forward) -> Any:
+            nonlocal calls
+            calls += 1
+            return forward(self, *arguments)
+
+        monkeypatch.setattr(Walk, "forward", counted)
+        bh.prune(model, bh.method("slicegpt", sparsity=0.25), batches_for(family, count=2), precision="highest")
+        monkeypatch.setattr(Walk, "forward", forward)
+        with torch.no_grad():
+            runs.append((calls, model(batches_for(family, count=1)[0]).logits))
+    (few, one), (many, other) = runs
+    assert few < many
+    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2])

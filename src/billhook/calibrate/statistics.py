@@ -53,20 +53,43 @@ class ColumnNorm(Statistic[Tensor]):
         return self.square_sum.sqrt()
 
 
-class Covariance(Statistic[Tensor]):
-    """Σ x xᵀ over all calibration tokens, uncentred and accumulated in float64, [in, in]: for eigenvectors."""
+class Products(Statistic[R]):
+    """Σ x xᵀ over all calibration tokens, [in, in], on and below the diagonal; `whole` mirrors it.
+
+    From some width on three strips are faster than one product: a third of the work is saved.
+    """
+
+    dtype: ClassVar[torch.dtype]
+    wide: ClassVar[int]  # channels from which there are three
 
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__(width, device)
-        self.matrix = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.matrix = torch.zeros(width, width, dtype=self.dtype, device=device)
         self.sums = [self.matrix]
+        self._strip = width if width < self.wide else -(-width // 3)
 
     def update(self, x: Tensor) -> None:
-        x = x.double()
-        self.matrix.addmm_(x.T, x)
+        x = x.to(self.dtype)
+        for start in range(0, self.width, self._strip):
+            strip = slice(start, start + self._strip)
+            self.matrix[start:, strip].addmm_(x[:, start:].T, x[:, strip])
+
+    def whole(self) -> Tensor:
+        """The whole matrix."""
+        for start in range(0, self.width, self._strip):
+            strip = slice(start, start + self._strip)
+            self.matrix[strip, start + self._strip :] = self.matrix[start + self._strip :, strip].T
+        return self.matrix
+
+
+class Covariance(Products[Tensor]):
+    """Σ x xᵀ over all calibration tokens, uncentred and accumulated in float64, [in, in]: for eigenvectors."""
+
+    dtype = torch.float64
+    wide = 256
 
     def result(self) -> Tensor:
-        return self.matrix
+        return self.whole()
 
 
 @dataclass(frozen=True)

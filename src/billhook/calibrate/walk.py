@@ -76,6 +76,8 @@ class Block:
         self._gathered: dict[Any, dict[Site, Any]] = {}  # statistic -> site -> result of its last pass
         self._held: dict[Site, list[Tensor]] = {}  # inputs by batch, from the pass that was told to hold them
         self._known: dict[nn.Module, tuple[Site, list[Tensor]]] = {}  # parts that are not computed any more
+        self._left: list[Tensor] | None = None  # outputs by batch, before they are turned by
+        self._basis: Tensor | None = None
         self._dense_output: Tensor | None = None
         self._shapes = {site: site.shape for site in self.sites}  # before anything is removed
 
@@ -97,7 +99,7 @@ class Block:
         """
         wanted = list(self.sites if sites is None else sites)
         kinds = [statistic, *(kind for kind in self._walk.companions if kind is not statistic)]
-        results = self._pass(kinds, wanted, [site for site in hold if self._walk.holds(site)])
+        results = self._pass(kinds, wanted, [site for site in hold if self._walk.holds(site.shape[1])])
         for kind in kinds:
             self._gathered.setdefault(kind, {}).update(results[kind])
         return results[statistic]
@@ -140,6 +142,14 @@ class Block:
             for part in self._known:
                 del part.forward
 
+    def _output(self, batch: int) -> Tensor:
+        """What leaves the block as it is now."""
+        if self._left is None or self._basis is None:
+            return self._walk.forward(self, batch)
+        x = self._left[batch]
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.to(self._basis.dtype) @ self._basis).to(x.dtype)
+
     def gathered(self, statistic: type[Statistic[R]], site: Site) -> R:
         """The result of a statistic for one site: from the last pass, or from one made now if there was none."""
         known = self._gathered.setdefault(statistic, {})
@@ -148,15 +158,23 @@ class Block:
         result: R = known[site]
         return result
 
-    def between(self, statistic: type[Statistic[R]]) -> R:
-        """One pass; the statistic of the residual stream between attention and MLP of a slim block."""
-        return self._stream(statistic, self.module.get_submodule("post_attention_layernorm"))
+    def between(self, statistic: type[Statistic[R]], *, hold: Sequence[Site] = ()) -> R:
+        """One pass; the statistic of the residual stream between attention and MLP of a slim block; `hold` as above."""
+        return self._stream(statistic, self.module.get_submodule("post_attention_layernorm"), hold)
 
     def leaving(self, statistic: type[Statistic[R]]) -> R:
-        """One pass; the statistic of the residual stream that leaves the block."""
+        """One pass; the statistic of the residual stream that leaves the block, which is kept for `turn`."""
+        self._left = [] if self._walk.holds(int(self._walk.spec["hidden"])) else None
         return self._stream(statistic, None)
 
-    def _stream(self, statistic: type[Statistic[R]], at: nn.Module | None) -> R:
+    def turn(self, basis: Tensor) -> None:
+        """The outputs of the block are those of the last `leaving` pass times `basis`, [hidden, new width].
+
+        The block as it is now computes the same; where the outputs were not kept it is left to do so.
+        """
+        self._basis = basis
+
+    def _stream(self, statistic: type[Statistic[R]], at: nn.Module | None, hold: Sequence[Site] = ()) -> R:
         found: list[Statistic[R]] = []
 
         def feed(x: Tensor) -> None:
@@ -171,12 +189,18 @@ class Block:
 
         handle = at.register_forward_pre_hook(hook) if at is not None else None
         try:
-            with self._timed("collect"), forward_precision(self._walk.precision, self._walk.device):
+            with (
+                self._timed("collect"),
+                forward_precision(self._walk.precision, self._walk.device),
+                self._holding([site for site in hold if self._walk.holds(site.shape[1])]),
+            ):
                 for batch in range(len(self._walk.inputs)):
                     with suppress(Stop):
                         output = self._walk.forward(self, batch)
                         if at is None:
                             feed(output)
+                            if self._left is not None:
+                                self._left.append(output)
         finally:
             if handle is not None:
                 handle.remove()
@@ -455,15 +479,15 @@ class Walk:
         assert isinstance(hidden, Tensor)
         return hidden
 
-    def holds(self, site: Site) -> bool:
-        """Whether the inputs of a site are few enough to be kept in memory from one pass to the next.
+    def holds(self, width: int) -> bool:
+        """Whether activations of this width are few enough to be kept in memory from one pass to the next.
 
         By size alone, not by what memory is free, so that the same command does the same.
         """
         if self.max_memory is not None or self.inputs.folder is not None:
             return False
         tokens = sum(self.inputs[batch][..., 0].numel() for batch in range(len(self.inputs)))
-        return tokens * site.shape[1] * self.dtype.itemsize <= _HELD
+        return tokens * width * self.dtype.itemsize <= _HELD
 
     def remembered(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """`make()`, computed once per run: a resumed walk reads what the killed one found."""
@@ -785,7 +809,7 @@ class Walk:
         with block._timed("propagate"), forward_precision(self.precision, self.device):
             outputs = self._activations(block.index + 1, spill) if spill else self.inputs
             for batch in range(1 if last else len(self.inputs)):
-                output = self.forward(block, batch)
+                output = block._output(batch)
                 if not finite(output):
                     raise BillhookError(
                         f"The output of block {block.index} ({block.name}) is not finite: use a wider --dtype such as "
@@ -810,6 +834,7 @@ class Walk:
                 last_snapshot = self._commit(block, record, sites, last_snapshot)
             block._known.clear()
             block._held.clear()
+            block._left = block._basis = None
             self.source.release(block.module, block.name)
             release_memory()
         record.seconds = dict(block.seconds)
@@ -823,12 +848,13 @@ class Walk:
         rank, world = distributed.rank(), distributed.world()
         after = block.index + 1
         started = time.perf_counter()
+        held = block._known or block._basis is not None
         # Hidden states of block k+1 must be whole before block k counts as finished: a resume may need them.
         if len(self.inputs) and after < len(self.blocks):
             if self.inputs.folder is not None:
                 self.inputs.seal()
-            # held inputs are gone in a resumed run, and computing them from narrower layers rounds differently
-            elif block._known or self._snapshot_cost < _SNAPSHOT_SHARE * (started - last_snapshot):
+            # what was held is gone in a resumed run, and computing it from narrower layers rounds differently
+            elif held or self._snapshot_cost < _SNAPSHOT_SHARE * (started - last_snapshot):
                 self.inputs.save(self.journal.inputs(after, rank, world))
                 last_snapshot = time.perf_counter()
                 self._snapshot_cost = last_snapshot - started

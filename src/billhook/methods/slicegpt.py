@@ -80,7 +80,11 @@ class SliceGPT(WidthMethod):
                 module.attention_adapter = rotate.adapter(before.T @ out, like)
                 module.stream = (before.shape[1], out.shape[1], out.shape[1])
             else:
-                middle = self.basis(block.between(self.statistic(walk)), widths[block.index])
+                output = self.site(block, "self_attn.o_proj")
+                hold = [] if output is None else [output]
+                middle = self.basis(block.between(self.statistic(walk), hold=hold), widths[block.index])
+                if output is not None:
+                    block.proceed_from(output, module.self_attn)
                 if module.self_attn is not None:
                     rotate.rotate_output_(module.self_attn.o_proj, middle)
                 for reader in rotate.readers(module, "mlp"):
@@ -93,6 +97,7 @@ class SliceGPT(WidthMethod):
                     rotate.rotate_output_(module.mlp.down_proj, out)
                 module.mlp_adapter = rotate.adapter(middle.T @ out, like)
                 module.stream = (before.shape[1], middle.shape[1], out.shape[1])
+            block.turn(out)
             walk.carry = {"basis": out}
 
         with walk.outside([*anatomy.embeddings, str(anatomy.final_norm), str(anatomy.head)]):
