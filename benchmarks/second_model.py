@@ -26,10 +26,10 @@ from billhook.declared import split_outside
 from billhook.methods.base import METHODS
 from billhook.tasks import Training, load_text, network
 
-SPARSE = "magnitude,wanda,ria,sparsegpt,wanda(refine=dsnot),wanda(allocation=owl)"
+SPARSE = "magnitude,magnitude(scope=row),wanda,ria,sparsegpt,wanda(refine=dsnot),wanda(allocation=owl)"
 STRUCTURED = (
     "fasp,fasp(sharing=influence),wanda-widths,magnitude-widths,random-widths,modegpt,slicegpt,dynamic-slicing,"
-    "dotresize,dotresize(merge=no),shortgpt"
+    "dotresize,dotresize(cost=l1,entropy=0.1),dotresize(merge=no),shortgpt"
 )
 COLUMNS = {"50%": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}, "20% of parts": {"sparsity": 0.2}}
 

@@ -37,8 +37,11 @@ class DOTResize(SliceGPT):
     target: Literal["energy", "pca"] = Field(
         "energy", description="What stays: the coordinates of most energy, or the first principal axes."
     )
-    cost: Literal["l1", "sqeuclidean"] = Field("l1", description="Distance between two coordinates' activations.")
-    entropy: float = Field(0.1, gt=0, description="Weight of the entropy, in units of the largest cost.")
+    # the paper's setting is not known; on three models soft plans of squared distances lose least (docs/benchmarks.md)
+    cost: Literal["l1", "sqeuclidean"] = Field(
+        "sqeuclidean", description="Distance between two coordinates' activations."
+    )
+    entropy: float = Field(1.0, gt=0, description="Weight of the entropy, in units of the largest cost.")
     merge: bool = Field(True, description="False deletes the coordinates that do not stay: the control.")
     iterations: int = Field(500, ge=1, description="Sinkhorn iterations at most.")
 
