@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
+from torch import Tensor, nn
 
+import billhook as bh
 from billhook import BillhookError
 from billhook.analysis.curve import GRID, Curve, Hinge, Point, chord, essential_sparsity, hinge, isotonic
+from billhook.training import held
 
 Q0, A, B, T = 80.0, 0.5, 60.0, 0.437
 CROSSING = (1.0 + B * T) / (A + B)  # where the broken line has lost one point
@@ -146,6 +151,132 @@ def test_chord_names_a_point() -> None:
     assert chord(GRID[:8], [broken(s) for s in GRID[:8]]) == 0.4
     assert chord(GRID, [5.0 - 7 * s for s in GRID]) is None
     assert chord(GRID, [5.0] * 10) is None
+
+
+# The masks that a curve of one-shot magnitude is drawn of
+
+
+class Net(nn.Module):
+    """Blocks of two matrices each between a norm and a head, all with biases."""
+
+    def __init__(self, width: int = 4, inner: int = 2, blocks: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, inner), nn.Tanh(), nn.Linear(inner, width)) for _ in range(blocks)
+        )
+        self.head = nn.Linear(width, 3)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.data.normal_(generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        for layer in self.layers:
+            x = layer(x)
+        result: Tensor = self.head(x)
+        return result
+
+    def prunable(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.layers.named_parameters() if name.endswith("weight")}
+
+
+def masks_of(net: Net, **options: Any) -> dict[str, Tensor]:
+    """Name -> bool mask, True where a weight stays; the net is not changed."""
+    pruned = copy.deepcopy(net)
+    anatomy = bh.Anatomy(family="net", blocks="layers", input=None)
+    batch = torch.zeros(1, net.head.in_features, dtype=net.head.weight.dtype)
+    bh.prune(pruned, bh.Magnitude(**options), [batch], anatomy=anatomy)
+    changed = {f"layers.{name}" for name in net.prunable()}
+    for name, parameter in net.named_parameters():
+        if name not in changed:
+            assert torch.equal(pruned.get_parameter(name), parameter)
+    masks = {name: weight != 0 for name, weight in pruned.prunable().items()}
+    for name, weight in pruned.prunable().items():
+        assert torch.equal(weight, torch.where(masks[name], net.prunable()[name], 0))
+    return masks
+
+
+def flat(values: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.flatten() for value in values.values()])
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_no_sparsity_keeps_every_weight_and_nearly_all_of_it_none(scope: str) -> None:
+    """A sparsity of 1 itself is not an option of any method."""
+    net = Net(5, 3, blocks=2)
+    assert bool(flat(masks_of(net, sparsity=0.0, scope=scope)).all())
+    assert not bool(flat(masks_of(net, sparsity=1 - 1e-9, scope=scope)).any())
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "ties"])
+def test_budgets_are_exact_and_masks_nested(kind: str) -> None:
+    """floor(s · N) weights leave, of all matrices together; what left at a lower sparsity is gone at a higher one."""
+    net = Net(18, 9, blocks=2)
+    if kind == "bfloat16":  # many equal magnitudes
+        net.bfloat16()
+    if kind == "ties":
+        for weight in net.prunable().values():
+            weight.fill_(-0.5)
+    before = torch.ones(648, dtype=torch.bool)
+    for thousandths in (1, 237, 500, 501, 999):
+        keep = flat(masks_of(net, sparsity=thousandths / 1000, scope="global"))
+        assert int((~keep).sum()) == thousandths * len(before) // 1000
+        assert not bool((keep & ~before).any())
+        before = keep
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_no_mask_of_the_same_size_keeps_more_magnitude(ties: bool) -> None:
+    net = Net(seed=3)
+    if ties:
+        for weight in net.prunable().values():
+            weight.copy_((2 * weight).round().clamp(min=-2) + 0.5)
+    size = flat(net.prunable()).abs().double()
+    every = (torch.arange(1 << 16)[:, None] >> torch.arange(16)) & 1
+    sums, counts = every.double() @ size, every.sum(dim=1)
+    for gone in (1, 5, 8, 13):
+        keep = flat(masks_of(net, sparsity=gone / 16, scope="global"))
+        assert int(keep.sum()) == 16 - gone
+        assert float(size[keep].sum()) == pytest.approx(float(sums[counts == 16 - gone].max()), rel=1e-12)
+
+
+def test_scale_matters_between_matrices_and_not_within() -> None:
+    net = Net(6, 4)
+    one, other = masks_of(net, sparsity=0.4, scope="global"), masks_of(net, sparsity=0.4, scope="layer")
+    net.prunable()["0.0.weight"].mul_(10)
+    assert not torch.equal(flat(masks_of(net, sparsity=0.4, scope="global")), flat(one))
+    assert torch.equal(flat(masks_of(net, sparsity=0.4, scope="layer")), flat(other))
+    single = Net(6, 6)
+    single.layers = single.layers[0][:1]  # with one matrix there is nothing between
+    one, other = masks_of(single, sparsity=0.4, scope="global"), masks_of(single, sparsity=0.4, scope="layer")
+    assert one.keys() == {"0.weight"}
+    assert torch.equal(flat(one), flat(other))
+
+
+def test_two_of_four_is_the_best_of_the_six_patterns_of_each_group() -> None:
+    net = Net(8, 12, blocks=2)
+    six = torch.tensor([[i in pair for i in range(4)] for pair in combinations(range(4), 2)])
+    for name, keep in masks_of(net, pattern="2:4").items():
+        groups = net.prunable()[name].abs().reshape(-1, 4)  # consecutive inputs of a row
+        best = six[(groups @ six.float().T).argmax(dim=1)]
+        assert torch.equal(keep.reshape(-1, 4), best)
+
+
+def test_fine_tuning_under_a_frozen_mask_revives_nothing() -> None:
+    net = Net(8, 6, blocks=2)
+    masks = {f"layers.{name}": keep for name, keep in masks_of(net, sparsity=0.5, scope="global").items()}
+    x, y = (torch.randn(32, n, generator=torch.Generator().manual_seed(n)) for n in (8, 3))
+    with held(net, masks):
+        start = copy.deepcopy(net)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+        for _ in range(50):
+            optimizer.zero_grad()
+            (net(x) - y).square().mean().backward()
+            optimizer.step()
+            assert all(not bool(net.get_parameter(name)[~keep].any()) for name, keep in masks.items())
+    for name, keep in masks.items():
+        assert bool((net.get_parameter(name) != start.get_parameter(name))[keep].all())
 
 
 # The search

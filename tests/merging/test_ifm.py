@@ -219,6 +219,31 @@ def test_distances_are_those_of_the_weights() -> None:
 
 
 @pytest.mark.parametrize("form", ["mean_sum", "sum_mean"])
+@pytest.mark.parametrize("distance", ["ward", "centroid", "running", "bound"])
+def test_distances_of_merged_features_follow_from_their_members(distance: str, form: str) -> None:
+    model = one_layer(7)
+    w, b, c = (p.detach().clone() for p in list(model.parameters())[:3])
+    (features,) = features_of(model, torch.zeros(1, 6).double(), form=form, distance=distance)
+    for pair in ((0, 3), (1, 6), (0, 5)):
+        features.merge_(*pair, [features])
+    members = {0: [0, 3, 5], 1: [1, 6], 2: [2], 4: [4]}
+    incoming = {i: torch.cat([w, b[:, None]], 1)[m].mean(0) for i, m in members.items()}
+    outgoing = {i: c[:, m].mean(1) for i, m in members.items()}
+    want = torch.full((7, 7), torch.inf, dtype=torch.float64)
+    for i, j in itertools.combinations(members, 2):
+        k, n = len(members[i]), len(members[j])
+        apart, across = (incoming[i] - incoming[j]).norm(), (outgoing[i] - outgoing[j]).norm()
+        mean = (k * outgoing[i] + n * outgoing[j]) / (k + n)
+        want[i, j] = {
+            "centroid": apart**2 + across**2,
+            "ward": k * n / (k + n) * (apart**2 + across**2),
+            "running": (k * incoming[i] - n * incoming[j]).square().sum() + across**2,
+            "bound": k * n / (k + n) * (mean.norm() + across) * apart,
+        }[distance]
+    torch.testing.assert_close(features.distances(), want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["mean_sum", "sum_mean"])
 @pytest.mark.parametrize("name", NETS)
 def test_gram_matrices_are_up_to_date_after_merges(name: str, form: str) -> None:
     model, example = build(name, widths=WIDE[name]), inputs(name)

@@ -207,6 +207,49 @@ class TestProjection:
         assert bool(model.get_parameter("7.weight").detach().all())
         pruner.finalize()
 
+    @pytest.mark.parametrize("granularity", ["filter", "channel"])
+    def test_a_group_is_ranked_by_its_norm_and_learns_by_the_gradient_in_its_one_mask(self, granularity: Any) -> None:
+        model = convolutions().double()
+        theta = {n: p.detach().clone() for n, p in model.named_parameters()}
+        method = bh.BiP(sparsity=0.5, granularity=granularity, implicit=2.0, mask_rate=50.0, score_clip=None)
+        pruner = method.attach(model, sgd(model, rate=0.0, decay=0.0), STEPS)
+        axes = (
+            {"0.weight": 0, "3.weight": 1, "5.weight": 0} if granularity == "filter" else {"0.weight": 1, "3.weight": 0}
+        )
+
+        def spread(values: Tensor, name: str) -> Tensor:  # one value per group, over the weight's shape
+            return values.view([-1 if axis == axes[name] else 1 for axis in range(4)]).expand_as(theta[name])
+
+        def best(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+            chosen = {}
+            for name, score in scores.items():
+                half = sorted(range(len(score)), key=lambda i, score=score: float(score[i]))[len(score) // 2 :]
+                chosen[name] = torch.tensor([i in half for i in range(len(score))])
+            return chosen
+
+        scores = {n: torch.stack([part.norm() for part in theta[n].unbind(axis)]) for n, axis in axes.items()}
+        mask = first = best(scores)
+        assert equal({n: spread(m, n) for n, m in mask.items()}, pruner.masks)
+        train(model, pruner.optimizer, pruner, 0, 2)  # the first step is the weights', which have no rate
+
+        x, y = batch(1, (4, 3, 3), torch.float64)
+        one = {n: m.double().requires_grad_() for n, m in mask.items()}
+        z = {n: theta[n] * spread(one[n], n) for n in axes}
+        loss = nn.functional.cross_entropy(functional_call(model, theta | z, (x,)), y)
+        for (name, value), direct, g in zip(
+            one.items(),
+            torch.autograd.grad(loss, list(one.values()), retain_graph=True),
+            torch.autograd.grad(loss, list(z.values())),
+            strict=True,
+        ):
+            expected = direct - 2.0 * value.detach() * g.movedim(axes[name], 0).flatten(1).square().sum(1)
+            found = pruner.memory[f"velocity.{name}"]
+            assert torch.allclose(found.flatten(), expected, rtol=1e-9, atol=1e-14)
+            scores[name] = scores[name] - cosine(2, 30, 50.0) * expected
+        mask = best(scores)
+        assert equal({n: spread(m, n) for n, m in mask.items()}, pruner.masks)
+        assert not equal(mask, first)
+
     def test_grouped_convolutions_have_only_some_slices_of_their_own(self) -> None:
         model = nn.Sequential(nn.ConvTranspose1d(4, 4, 3, groups=2), nn.Conv1d(4, 4, 3))
         filters = bh.BiP(sparsity=0.5, granularity="filter").attach(model, sgd(model), STEPS)

@@ -125,8 +125,10 @@ def test_transformers(family: str, units: Any) -> None:
         before = model(batch).logits
         gates.consensus([batch])
         parameters = sum(p.numel() for p in model.parameters())
+        predicted = gates.flops()
         small = gates.finalize(force=True)
         torch.testing.assert_close(small(batch).logits, before, rtol=1e-4, atol=1e-5)
+    assert count_flops(small, batch)[""] == predicted
     assert sum(p.numel() for p in small.parameters()) < parameters
     assert not any("PooledGate" in type(m).__name__ for m in small.modules())
 
@@ -188,6 +190,25 @@ def trained(steps: int = 200, seed: int = 0, **options: Any) -> tuple[nn.Module,
 
 
 CLEAN = [batch(10_000 + i) for i in range(16)]
+
+
+@pytest.mark.parametrize("cost", ["gates", "flops"])
+def test_the_loss_is_zero_on_target_and_pulls_from_both_sides(cost: Any) -> None:
+    a, b = 4, 10  # open channels of 16 and 16
+    share = {"gates": (a + b) / 32, "flops": (6 * a + a * b + 3 * b) / (6 * 16 + 16 * 16 + 3 * 16)}[cost]
+    for off, sign in ((0.0, 0), (-0.2, 1), (0.2, -1)):
+        model = student(0)
+        gates = attach(model, batch(0)[:1], cost=cost, keep=share + off, lam_act=7, lam_pol=0, freeze=0)
+        decide(gates, [torch.arange(16) < a, torch.arange(16) < b])
+        model(batch(1))
+        loss = gates.loss()
+        assert loss.item() == pytest.approx(7 * off**2, rel=1e-5, abs=1e-12)
+        loss.backward()
+        for gate in gates.gates:
+            slope = gate.b2.grad
+            assert slope is not None
+            # downhill closes gates where too much is open, those that are closed already too
+            assert bool((slope * sign > 0).all()) if sign else float(slope.abs().max()) < 1e-9
 
 
 @pytest.mark.parametrize("cost", ["gates", "flops"])

@@ -90,6 +90,38 @@ def test_what_is_cut_computes_what_closed_gates_do(family: str, tied: bool) -> N
         torch.testing.assert_close(step[:, -1], whole(ids[:, :10]).logits[:, -1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["opt", "gemma2"])  # with biases; with a norm behind the sublayer too
+def test_a_sublayer_with_one_empty_mask_leaves_as_a_whole(family: str) -> None:
+    """The constant that biases would still write leaves too. As if its last layer had been zero, by hand."""
+    ids, whole = batches_for(family)[0], slim_model(family)
+    gates, some = Gates(blocks_of(whole), tied=False), points(blocks_of(whole)[1])
+    for part, last in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+        zeroed, small = slim_model(family), slim_model(family)
+        for parameter in blocks_of(zeroed)[1].get_submodule(last).parameters():
+            parameter.data.zero_()
+        own = [point for point in some if point.startswith(part)]
+        for point in own:
+            keep = torch.ones(sum(gates.sizes), dtype=torch.bool)
+            gates.spread(keep)[1][point].fill_(False)
+            masks = gates.closed(keep)
+            shut = [(index, p) for index, mask in enumerate(masks) for p in mask if not bool(mask[p].all())]
+            assert shut == [(1, p) for p in some if p in own]
+            assert not any(bool(masks[1][p].any()) for p in own)
+        only_output = gates.spread(keep)  # the last point of a sublayer is what it writes
+        for block, mask in zip(blocks_of(small), masks, strict=True):
+            cut_(block, mask)
+        refresh(small)
+        left = [(block.self_attn is not None, block.mlp is not None) for block in blocks_of(small)]
+        assert left == [(True, True), (part != "attention", part != "mlp"), (True, True)]
+        with torch.no_grad():
+            want = zeroed(ids).logits
+            assert float((want - whole(ids).logits).abs().max()) > 0.01
+            torch.testing.assert_close(small(ids).logits, want, rtol=0, atol=1e-5)
+            for values in (masks, only_output):
+                with gated(blocks_of(whole), lambda block, point, values=values: values[block][point].float()):
+                    torch.testing.assert_close(whole(ids).logits, want, rtol=0, atol=1e-5)
+
+
 def test_soft_gates_act_once() -> None:
     """In particular on the neurons, where the published code multiplies twice."""
     model = slim_model("llama")
@@ -253,6 +285,28 @@ def test_only_the_gates_learn(estimator: str, hyper: bool, monkeypatch: pytest.M
         assert parameter.requires_grad == flags[name]
         if "norm" in name or "embed" in name:
             assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_model_is_frozen_while_the_gates_learn(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every backward pass no weight has a gradient, and before the cut each has the bits that it had."""
+    model = slim_model(family)
+    before, steps = weights_of(model), 0
+    real = Loop._gradients
+
+    def watch(self: Loop) -> float:
+        nonlocal steps
+        value, steps = real(self), steps + 1
+        assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+        assert all(t.master.grad is not None and bool(t.master.grad.any()) for t in self._trainables)
+        return value
+
+    monkeypatch.setattr(Loop, "_gradients", watch)
+    monkeypatch.setattr("billhook.methods.disp_llm.cut_", lambda block, mask: None)
+    bh.DispLLM(**FEW).prune(Walk(model, batches_for(family, count=4), precision="highest"))
+    assert steps == 4
+    assert weights_of(model).keys() == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in weights_of(model).items())
 
 
 def test_the_input_of_the_hypernetwork_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from billhook.calibrate.influence import block_influence
 from billhook.calibrate.walk import Block, Walk
 from billhook.run import reshape
 from billhook.sparsity.refit import refit
+from billhook.sparsity.saliency import wanda
+from billhook.sparsity.structure import column_scores
 from billhook.surgery.shrink import drop_attention_, drop_mlp_, fold_value_bias_, owners
 from billhook.surgery.slim import is_slim, slim_
 from tiny import FAMILIES, TEXT_FAMILIES, batches_for, build, weights_of
@@ -131,6 +133,38 @@ def test_value_channels_leave_with_all_columns_that_read_them(family: str) -> No
                 if owner == t:
                     columns = before.o_proj.weight[:, h * before.v : (h + 1) * before.v][:, kept]
                     assert torch.equal(attention.o_proj.weight[:, h * attention.v : (h + 1) * attention.v], columns)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "phi"])
+def test_without_a_refit_it_is_the_model_with_those_columns_at_zero(family: str) -> None:
+    """Columns of the second matrix of each pair are zeroed; that rows of the first leave too costs nothing."""
+    model = slim_model(family)
+    whole = copy.deepcopy(model)
+    run(model, family, sparsity=0.3, restore=False)
+    for block, old in zip(blocks_of(model), blocks_of(whole), strict=True):
+        attention, before = block.self_attn, old.self_attn
+        fold_value_bias_(before)  # exact, and before the cut
+        rows = before.v_proj.weight.view(before.kv_heads, before.v, -1)
+        cut = attention.v_proj.weight.view(before.kv_heads, attention.v, -1)
+        values = (rows[:, :, None] == cut[:, None]).all(-1).any(-1)[torch.tensor(owners(before))]
+        assert values.sum(1).tolist() == [attention.v] * before.heads
+        before.o_proj.weight.data[:, ~values.flatten()] = 0
+        neurons = (old.mlp.up_proj.weight[:, None] == block.mlp.up_proj.weight).all(-1).any(-1)
+        assert int(neurons.sum()) == block.mlp.down_proj.in_features < len(neurons)
+        old.mlp.down_proj.weight.data[:, ~neurons] = 0
+    ids = batches_for(family)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_score_is_the_sum_of_what_wanda_ranks() -> None:
+    """Without the sum over a column it is Wanda's score, whose smallest of each row would go."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 10, generator=generator), torch.randn(50, 10, generator=generator)
+    energy = x.square().sum(0)
+    torch.testing.assert_close(column_scores(weight, energy), wanda(weight, x.norm(dim=0)).sum(0), rtol=1e-6, atol=0)
+    for row in weight:
+        assert torch.equal(column_scores(row[None], energy).argsort(), wanda(row[None], x.norm(dim=0))[0].argsort())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -264,10 +298,13 @@ def one_channel(block: Any) -> int:
 def test_every_block_loses_its_share(family: str, sparsity: float) -> None:
     model = slim_model(family)
     before = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
+    kept = {n: p.clone() for n, p in model.named_parameters() if "q_proj" in n or "k_proj" in n}
     run(model, family, sparsity=sparsity)
     for block, size in zip(blocks_of(model), before, strict=True):
         left = sum(p.numel() for p in block.parameters())
         assert abs(size - left - sparsity * size) <= one_channel(block)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[n], p) for n, p in kept.items())
 
 
 def test_what_stays_whole_makes_the_rest_lose_more() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ import torch
 
 import billhook as bh
 from billhook.anatomy import Site
-from billhook.calibrate.fisher import next_token_losses
+from billhook.calibrate.fisher import LayerGradients, SampleGradients, next_token_losses
 from billhook.calibrate.walk import Walk
 from billhook.methods.icbs import Search, _parse_budget
-from tiny import batches_for, build, site_weights
+from tiny import batches_for, build, site_weights, weights_of
 
 SMALL = {"variables": 64, "tokens": 16, "sequences": 2, "blocks_per_step": 2, "keep": "last"}
 
@@ -87,6 +87,74 @@ def test_frozen_weights_never_change_and_tabu_holds(monkeypatch: pytest.MonkeyPa
         for earlier, later in pairwise(blocks):
             if len(earlier) + len(later) <= capacity:
                 assert not set(earlier.tolist()) & set(later.tolist())
+
+
+def searched(steps: int, **options: Any) -> Iterator[tuple[Search, float, torch.Tensor, torch.Tensor]]:
+    """A search on one matrix with made-up gradients: (it, predicted change, G [samples, out * in], mask before)."""
+    generator = torch.Generator().manual_seed(4)
+    method = bh.ICBS(**{"start": "magnitude", "variables": 32} | options)
+    layer = torch.nn.Linear(40, 24, bias=False)
+    layer.weight.data = torch.randn(24, 40, generator=generator)
+    site, dense = Site("layer", 0, "layer", layer), layer.weight.data.clone()
+    site.mask(method.density_pattern.keep(dense.abs(), method.overall))
+    search = Search(method, [site], {"layer": dense})
+    search.begin({"layer": method._free(dense.abs().flatten(), (site.weight == 0).flatten())}, 1.0)
+    for _ in range(steps):
+        # small gradients, so that the linear term asks for moves
+        d, x = (scale * torch.randn(6, 5, n, generator=generator) for scale, n in ((0.02, 24), (1.0, 40)))
+        before = search.layers["layer"].pruned.clone()
+        captured = SampleGradients(torch.zeros(6), {"layer": LayerGradients("layer", [(x, d)])})
+        predicted = search.step(search.sites(), captured)
+        yield search, predicted, torch.einsum("sto,sti->soi", d.double(), x.double()).flatten(1), before
+
+
+def test_what_a_step_predicts_is_the_second_order_model_of_what_it_did() -> None:
+    """From the weights before and after alone, with the gradients of the whole matrix: signs, indices, multipliers."""
+    moves = 0
+    for search, predicted, gradients, before in searched(10, gradient=0.6, ridge=0.3):
+        layer = search.layers["layer"]
+        old, new = (torch.where(pruned, 0.0, layer.dense.flatten()).double() for pruned in (before, layer.pruned))
+        assert torch.equal(layer.site.weight.flatten().double(), new)
+        step = new - old
+        price = 0.3 * gradients[:, layer.waiting[-1]].square().mean()  # per weight that changes
+        model = 0.6 * gradients.mean(0) @ step + (gradients @ step).square().mean() / 2 + price * step.square().sum()
+        assert predicted == pytest.approx(float(model), rel=1e-4, abs=1e-12)
+        assert predicted <= 0
+        moves += bool(step.any())
+    assert moves >= 8
+
+
+def test_every_step_keeps_counts_values_and_frozen_weights_and_lets_blocks_wait() -> None:
+    blocks: list[set[int]] = []
+    for search, _, _, before in searched(20):
+        layer = search.layers["layer"]
+        assert int(layer.pruned.sum()) == int(before.sum()) == 480
+        assert torch.equal(layer.site.weight, layer.dense.masked_fill(layer.pruned.view(24, 40), 0.0))
+        changed = layer.pruned != before
+        assert not (changed & ~layer.free).any()
+        blocks.append(set(layer.waiting[-1].tolist()))
+        assert set(changed.nonzero()[:, 0].tolist()) <= blocks[-1]
+    # lowest 42% of the pruned and highest 35% of the kept are frozen; 40% of the rest wait
+    size = layer.dense.abs().flatten()
+    for side, share, largest in ((size < size.median(), 0.42, False), (size >= size.median(), 0.35, True)):
+        extreme = size.masked_fill(~side, -1.0 if largest else 9.0).topk(int(share * 480), largest=largest).indices
+        assert not layer.free[extreme].any()
+    free = 960 - int(0.42 * 480) - int(0.35 * 480)
+    assert int(layer.free.sum()) == free
+    window = round(0.4 * free) // 32
+    assert window == 7
+    for t, block in enumerate(blocks):
+        assert len(block) == 32
+        assert not block & set().union(*blocks[max(0, t - window) : t])
+    assert any(block & blocks[t] for t, block in enumerate(blocks[window + 1 :]))  # and then may come back
+
+
+def test_density_one_keeps_every_bit_and_density_zero_is_refused() -> None:
+    before = weights_of(build("llama"))
+    after = weights_of(pruned(density=1.0, budget="2 steps")[0])
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(bh.BillhookError, match=r"density=0.0 is not possible"):
+        bh.ICBS(density=0.0)
 
 
 def test_interrupted_keeps_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:

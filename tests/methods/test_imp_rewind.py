@@ -16,6 +16,7 @@ from billhook.errors import BillhookError
 from billhook.methods.imp_rewind import reinitialize_, shuffled
 from billhook.training import Stretch
 from billhook.training.prunable import prunable
+from billhook.training.runs import fewer
 from billhook.training.store import restore, snapshot
 from runs import RATE, STEPS, Training, accuracy, net, schedule
 
@@ -101,6 +102,18 @@ def test_masks_keep_the_largest_trained_weights() -> None:
         assert kept.min() >= dropped.max()
 
 
+def test_ties_over_layers_are_resolved_like_a_stable_sort() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: torch.randint(-3, 4, s, generator=generator).float() for n, s in {"a": (5, 6), "b": (4, 5)}.items()}
+    masks = {n: torch.rand(w.shape, generator=generator) > 0.2 for n, w in weights.items()}
+    flat = torch.cat([w.abs().flatten() for w in weights.values()]).tolist()
+    there = torch.cat([m.flatten() for m in masks.values()]).nonzero().flatten().tolist()
+    ascending = sorted(there, key=lambda i: flat[i])  # among equal ones the first in order goes first
+    for left in range(1, len(there) + 1):
+        kept = torch.cat([m.flatten() for m in fewer(weights, masks, {"": left}).values()])
+        assert kept.nonzero().flatten().tolist() == sorted(ascending[len(there) - left :])
+
+
 def test_the_dense_level_is_the_tail_of_an_uninterrupted_training() -> None:
     found = ticket(training=Training(momentum=0.0, decay=0.0))
     whole = net().train()
@@ -109,32 +122,36 @@ def test_the_dense_level_is_the_tail_of_an_uninterrupted_training() -> None:
 
 
 def test_absent_weights_are_zero_after_every_step() -> None:
-    training = Training(momentum=0.9, decay=0.01)
-    allowed = {n: w.numel() for n, w in prunable(net()).items()}
-    seen: list[int] = []
+    steps: list[tuple[int, bool]] = []  # of each step: weights that were there at the beginning, whether others are
 
-    def after_step(model: nn.Module) -> None:
-        seen.append(sum(int(model.get_parameter(n).count_nonzero()) for n in allowed))
+    class Watched(Training):
+        def __call__(self, model: nn.Module, stretch: Stretch) -> None:
+            absent = {n: w.detach() == 0 for n, w in prunable(model).items()}
+            present = sum(int((~a).sum()) for a in absent.values())
 
-    training.after_step = after_step
-    found = ticket(training=training)
+            def after_step(model: nn.Module) -> None:
+                moved = any(bool(model.get_parameter(n).detach()[a].any()) for n, a in absent.items())
+                steps.append((present, moved))
+
+            self.after_step = after_step
+            super().__call__(model, stretch)
+
+    found = ticket(training=Watched(momentum=0.9, decay=0.01))
     per_level, first = round(0.9 * STEPS), round(0.1 * STEPS)
-    for index, level in enumerate(found.levels):
-        steps = seen[first + index * per_level : first + (index + 1) * per_level]
-        assert len(steps) == per_level
-        assert max(steps) <= level["left"]
+    expected = [level["left"] for level in found.levels for _ in range(per_level)]
+    assert steps[first:] == [(left, False) for left in expected]
 
 
 def test_the_training_is_asked_for_the_rest_with_its_own_rates() -> None:
     training = Training()
-    found = ticket(training=training, rewind_to=0.2)
+    found = ticket(training=training, rewind_to=0.6)  # where the rate is no longer that of the beginning
     first, *rest = training.stretches
-    assert (first.start, first.stop) == (0.0, 0.2)
+    assert (first.start, first.stop) == (0.0, 0.6)
     assert len(rest) == len(found.levels)
-    assert all((s.start, s.stop, s.seed, s.rate) == (0.2, 1.0, 0, None) for s in rest)
+    assert all((s.start, s.stop, s.seed, s.rate) == (0.6, 1.0, 0, None) for s in rest)
     for rates in training.rates[1:]:
-        assert rates[0] == RATE * schedule(0.2)
-        assert len(rates) == STEPS - round(0.2 * STEPS)
+        assert rates[0] == RATE * schedule(0.6) != RATE * schedule(0.0)
+        assert len(rates) == STEPS - round(0.6 * STEPS)
     other = Training()
     ticket(training=other, rewind_to=0.2, seed=5, same_order=False)
     assert [s.seed for s in other.stretches] == [5 + max(i - 1, 0) for i in range(len(rest) + 1)]

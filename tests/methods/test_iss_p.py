@@ -63,6 +63,7 @@ def test_no_shrinking_is_dense_training_and_one_shot() -> None:
 
 
 def test_hard_thresholding_is_the_projection_on_few_weights() -> None:
+    torch.manual_seed(0)
     model = nn.Linear(4, 3, bias=False)
     optimizer = sgd(model)
     pruner = method(shrink=0.0, sparsity=0.7).attach(model, optimizer, STEPS)
@@ -92,7 +93,7 @@ def test_without_learning_small_weights_fade_geometrically() -> None:
     for name in pruner.weights:
         before, after = start.get_parameter(name), model.get_parameter(name)
         small = before.abs() <= before.abs().flatten().kthvalue(math.ceil(0.8 * before.numel())).values
-        assert torch.allclose(after[small], before[small] * 0.95 ** (LAST - 1), rtol=1e-5)
+        assert torch.allclose(after[small], before[small] * 0.95 ** (LAST - 1), rtol=1e-6, atol=0)
         assert torch.equal(after[~small], before[~small])
 
 
@@ -103,6 +104,22 @@ def test_counts_are_exact_where_all_magnitudes_are_equal(dtype: torch.dtype) -> 
     assert int((~method().important(weight)).sum()) == math.ceil(0.8 * 77)
     assert bool(method(sparsity=0.0).important(weight).all())
     assert bool(method(least=100).important(weight).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("sparsity", "count"), [(0.8, 160), (0.803, 161), (0.999, 199), (0.0, 0)])
+def test_every_step_shrinks_that_many_weights_and_no_other(dtype: torch.dtype, sparsity: float, count: int) -> None:
+    """ceil(p · n), at most 99.5% of a layer; once they are smaller, it is the same weights at the next step."""
+    model = nn.Linear(20, 10, bias=False, dtype=dtype)
+    nn.init.ones_(model.weight)
+    optimizer = sgd(model, lr=0.0)
+    pruner = method(sparsity=sparsity).attach(model, optimizer, STEPS)
+    once = torch.tensor(0.95, dtype=dtype)
+    for factor in (once, once * once):
+        model.weight.grad = torch.zeros_like(model.weight)
+        optimizer.step()
+        pruner.step()
+        assert model.weight.detach().flatten().tolist() == [float(factor)] * count + [1.0] * (200 - count)
 
 
 def test_a_pushed_weight_settles_at_the_bound() -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import billhook as bh
+from billhook.anatomy import anatomy_of
 from billhook.calibrate.sensitivity import task_loss
 from billhook.calibrate.walk import Walk
+from billhook.recover.reconstruct import reconstruct
 from billhook.recover.train import Loop
 from tiny import batches_for, build, site_weights
 
@@ -59,6 +62,55 @@ def test_no_steps_change_nothing() -> None:
             model, _ = run(objective=objective, **options)
             for (name, a), b in zip(before.state_dict().items(), model.state_dict().values(), strict=True):
                 assert torch.equal(a, b), name
+
+
+Reconstructions = list[tuple[list[Tensor], float]]
+
+
+@pytest.fixture
+def reconstructions(monkeypatch: pytest.MonkeyPatch) -> Reconstructions:
+    """The targets of each block that was reconstructed, and its error before."""
+    seen: Reconstructions = []
+
+    def watch(forward: Any, module: Any, groups: Any, targets: list[Tensor], *args: Any, **options: Any) -> Any:
+        errors = reconstruct(forward, module, groups, targets, *args, **options)
+        seen.append((targets, errors[0]))
+        return errors
+
+    monkeypatch.setattr("billhook.methods.perp.reconstruct", watch)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_with_nothing_pruned_every_block_is_at_its_target(family: str, reconstructions: Reconstructions) -> None:
+    run(family, bh.Magnitude(sparsity=0.0), training_steps=0)
+    assert len(reconstructions) == 3
+    assert all(error <= 1e-10 for _, error in reconstructions)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_targets_are_what_the_dense_block_makes_of_what_reaches_the_sparse_one(
+    family: str, reconstructions: Reconstructions
+) -> None:
+    """The blocks before it are pruned and reconstructed, in the targets as well."""
+    model, _ = run(family, bh.Magnitude(sparsity=0.6), training_steps=2)
+    blocks: Any = model.get_submodule(anatomy_of(model).blocks)
+    dense: Any = build(family).get_submodule(anatomy_of(model).blocks)
+    batches = batches_for(family, count=4)
+    assert len(reconstructions) == 3
+    for index, (targets, error) in enumerate(reconstructions):
+        assert error > 1e-4
+        outputs: list[Any] = []
+        own, blocks[index] = blocks[index], dense[index]
+        handle = dense[index].register_forward_hook(lambda module, args, output, o=outputs: o.append(output))
+        with torch.no_grad():
+            for batch in batches:
+                model(batch, use_cache=False)
+        handle.remove()
+        blocks[index] = own
+        for target, output in zip(targets, outputs, strict=True):
+            want = output[0] if isinstance(output, tuple) else output
+            torch.testing.assert_close(target, want, rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_come_nearer_to_the_dense_ones() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -117,6 +118,30 @@ def test_removing_neurons_is_zeroing_the_columns_that_read_them(family: str, sco
             if "mlp" not in name or name == "mlp.down_proj.bias":
                 assert torch.equal(parameter, old.get_parameter(name))
     x = batches_for(family)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).logits, zeroed(x).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_neurons_of_a_gated_mlp_leave_with_their_biases() -> None:
+    """No tiny family has biases in a gated MLP."""
+    torch.manual_seed(0)
+    _, _, options = FAMILIES["llama"]
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options, mlp_bias=True)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.3)
+    slim_(model)
+    whole = copy.deepcopy(model)
+    run(model, sparsity=0.2, score="norm")
+    zeroed = copy.deepcopy(whole)
+    for block, old, keep in zip(blocks_of(model), blocks_of(zeroed), kept(model, whole), strict=True):
+        assert len(keep) < 48
+        gone = [i for i in range(48) if i not in keep]
+        old.mlp.down_proj.weight.data[:, gone] = 0
+        assert torch.equal(block.mlp.gate_proj.bias, old.mlp.gate_proj.bias[keep])
+        assert torch.equal(block.mlp.up_proj.bias, old.mlp.up_proj.bias[keep])
+        assert torch.equal(block.mlp.down_proj.bias, old.mlp.down_proj.bias)
+    x = batches_for("llama")[0]
     with torch.no_grad():
         torch.testing.assert_close(model(x).logits, zeroed(x).logits, rtol=1e-5, atol=1e-5)
 

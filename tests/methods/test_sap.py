@@ -117,6 +117,19 @@ def test_no_and_all_the_aggressiveness() -> None:
             assert int(flat[places].sum()) == len(size) - goes * math.floor(round(0.9 * len(size), 6))
 
 
+def test_no_neuron_dies_however_often_it_is_pruned() -> None:
+    model, weights, masks = trained()
+    method = bh.SAP(scope="neuron", p=1, q=2, gamma=1e9)
+    counts = [torch.cat([m.flatten(1).sum(1) for m in masks.values()])]
+    while len(counts) < 2 or not torch.equal(counts[-1], counts[-2]):
+        after = method.fewer(model, weights, masks)
+        assert all(bool((masks[n] | ~after[n]).all()) for n in masks)
+        masks = after
+        counts.append(torch.cat([m.flatten(1).sum(1) for m in masks.values()]))
+    assert int(counts[-1].sum()) < 0.15 * int(counts[0].sum())
+    assert int(counts[-1].min()) == 1
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_larger_layer_matters_to_the_network_alone(scope: str) -> None:
     model, weights, masks = trained()

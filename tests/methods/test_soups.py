@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import billhook as bh
 from billhook.analysis.stability import apart, error_barrier
 from billhook.errors import BillhookError
+from billhook.surgery.batchnorm import recalibrate_norms
 from billhook.training import Stretch, schedules
 from billhook.training.norms import estimating, running_norms
 from billhook.training.prunable import prunable
@@ -72,6 +74,16 @@ def test_support_and_counts(dense: nn.Module) -> None:
         state = result.store.state(f"phase-{i}")
         assert all(not bool(state[n][~masks[i - 1][n]].any()) for n in weights)
     assert sum(int(w.count_nonzero()) for w in weights.values()) <= round(0.2 * 368)
+
+
+def test_every_phase_keeps_the_same_share() -> None:
+    for sparsity, phases in ((0.98, 3), (0.9, 3), (0.5, 1), (0.999, 7)):
+        keep = (1 - sparsity) ** (1 / phases)
+        shares = [1 - schedules.geometric(i, phases, sparsity) for i in range(phases + 1)]
+        assert all(abs(after - keep * before) < 1e-12 for before, after in pairwise(shares))
+        assert abs(shares[-1] - (1 - sparsity)) < 1e-12
+        counts = bh.SparseModelSoup(sparsity=sparsity, phases=phases).counts(1_000_000, 1_000_000)
+        assert counts == [round(keep**i * 1_000_000) for i in range(phases + 1)]
 
 
 def test_every_phase_is_the_mean_and_goes_on_from_it(dense: nn.Module) -> None:
@@ -213,19 +225,24 @@ class TestNorms:
         assert norm.momentum == 0.1
 
     def test_twice_is_once_and_nothing_without_norms(self, dense: nn.Sequential, plain: nn.Sequential) -> None:
-        x, _ = data(64, 5)
-        seen = []
-        for _ in range(2):
-            model = copy.deepcopy(dense).train()
-            with estimating(model):
-                for part in x.split(16):
+        parts = data(64, 5)[0].split(16)
+
+        def by_training(model: nn.Module) -> None:
+            with estimating(model.train()):
+                for part in parts:
                     model(part)
-            with estimating(model):
-                for part in x.split(16):
-                    model(part)
-            seen.append(snapshot(model))
-        assert equal(*seen)
+
+        for estimate in (by_training, lambda model: recalibrate_norms(model, parts)):
+            model = copy.deepcopy(dense)
+            estimate(model)
+            once = {n: t.clone() for n, t in snapshot(model).items()}
+            assert not torch.equal(once["1.running_mean"], snapshot(dense)["1.running_mean"])
+            estimate(model)
+            assert equal(once, snapshot(model))
         assert not running_norms(plain)
+        model = copy.deepcopy(plain)
+        by_training(model)
+        assert equal(snapshot(plain), snapshot(model))
         training = Training()
         soup(plain, training, phases=1)
         assert len(training.stretches) == 3

@@ -157,16 +157,18 @@ def test_the_generator_decides_the_start() -> None:
 @pytest.mark.parametrize("conv", [False, True])
 def test_gradients_of_mask_lora_are_the_formula(conv: bool) -> None:
     layer, keep = sparse_layer(conv=conv)
-    adapter = attach(layer, "mask_lora", keep, 3, 6.0, seeded())
+    adapter = attach(layer.double(), "mask_lora", keep, 3, 6.0, seeded())
+    adapter.factors.double()
     randomise(adapter)
-    x, target = torch.randn(20, 8, generator=seeded(1)), torch.randn(20, 6, generator=seeded(2))
+    x = torch.randn(20, 8, dtype=torch.float64, generator=seeded(1))
+    target = torch.randn(20, 6, dtype=torch.float64, generator=seeded(2))
     layer(x).sub(target).square().sum().backward()
     a, b = adapter.parameters()
     with torch.no_grad():
         error = 2 * (x @ adapter.effective().T + layer.bias - target)
         whole = error.T @ x  # ∂W_eff
-        torch.testing.assert_close(b.grad, 2.0 * (keep * whole) @ a.T, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(a.grad, 2.0 * b.T @ (keep * whole), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(b.grad, 2.0 * (keep * whole) @ a.T, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(a.grad, 2.0 * b.T @ (keep * whole), rtol=1e-10, atol=1e-10)
     assert layer.parametrizations.weight.original.grad is None
 
 

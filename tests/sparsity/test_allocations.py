@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import billhook as bh
-from billhook.calibrate.sensitivity import Tail, first_order, shortened, task_loss, zeroth_order
+from billhook.calibrate.sensitivity import GroupBy, Tail, first_order, shortened, task_loss, zeroth_order
 from billhook.calibrate.walk import Walk
 from billhook.sparsity.allocations import ALLOCATIONS, proportional_keep
 from billhook.sparsity.select import budget
-from tiny import batches_for, build, weights_of
+from tiny import batches_for, build, site_weights, weights_of
 
 
 def test_the_sheet_s_example() -> None:
@@ -72,6 +73,48 @@ def test_unsaturated_case_is_the_closed_form() -> None:
         assert 1 - keep[g] / 10_000 == pytest.approx(0.6 - 0.1 * 4 * score / total, abs=2e-4)
 
 
+def test_closed_form_holds_for_unequal_sizes_to_a_weight() -> None:
+    sizes = {"a": 1000, "b": 7000, "c": 2500, "d": 400}
+    scores = {"a": 1.0, "b": 4.3, "c": 2.7, "d": 0.6}
+    keep = proportional_keep(scores, sizes, 0.5, 0.6)
+    total, size = sum(scores.values()), sum(sizes.values())
+    for g, score in scores.items():
+        assert keep[g] < sizes[g]
+        assert abs(sizes[g] - keep[g] - (0.6 * sizes[g] - 0.1 * score / total * size)) <= 1
+
+
+def random_groups(seed: int) -> tuple[dict[str, float], dict[str, int], float, float]:
+    """Scores over six decades, unequal sizes, a sparsity and a cap above it."""
+    generator = torch.Generator().manual_seed(seed)
+    names = "abcdefgh"
+    scores = (10 ** (6 * torch.rand(8, generator=generator, dtype=torch.float64) - 3)).tolist()
+    sizes = torch.randint(50, 5000, (8,), generator=generator).tolist()
+    sparsity, slack = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    sparsity *= 0.85
+    return dict(zip(names, scores, strict=True)), dict(zip(names, sizes, strict=True)), sparsity, sparsity + 0.1 * slack
+
+
+def test_without_slack_every_group_gets_the_target_to_a_weight() -> None:
+    for seed in range(20):
+        scores, sizes, sparsity, _ = random_groups(seed)
+        keep = proportional_keep(scores, sizes, sparsity, sparsity)
+        assert all(abs(sizes[g] - keep[g] - sizes[g] * sparsity) <= 1 for g in sizes)
+
+
+def test_order_of_groups_does_not_matter_and_the_cap_holds_to_the_weight() -> None:
+    full = 0
+    for seed in range(20):
+        scores, sizes, sparsity, cap = random_groups(seed)
+        keep = proportional_keep(scores, sizes, sparsity, cap)
+        assert keep == proportional_keep(dict(reversed(scores.items())), dict(reversed(sizes.items())), sparsity, cap)
+        total = sum(sizes.values())
+        assert sum(keep.values()) == total - budget(total, sparsity)
+        if sum(size - budget(size, cap) for size in sizes.values()) <= sum(keep.values()):  # the minima fit
+            assert all(sizes[g] - keep[g] <= budget(sizes[g], cap) for g in sizes)
+        full += any(keep[g] == sizes[g] for g in sizes)
+    assert full > 0  # some groups were saturated
+
+
 def walk_of(family: str = "llama", count: int = 4) -> Walk:
     return Walk(build(family), batches_for(family, count=count), precision="highest")
 
@@ -85,6 +128,121 @@ def test_tail_gives_the_model_s_own_loss_from_every_block() -> None:
         for _ in walk.blocks:
             assert [tail.loss(b) for b in range(len(batches))] == pytest.approx(expected, abs=1e-5)
             tail.advance()
+
+
+class Stack(torch.nn.Module):
+    """Blocks of two small matrices each: something to perturb, under losses that are made up."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(4, 3, bias=False))
+            for _ in range(blocks)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def stack(blocks: int, batches: int = 1) -> Walk:
+    """A walk over a `Stack` with weights that are multiples of 1/8."""
+    model, generator = Stack(blocks), torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.data = torch.randint(-8, 9, parameter.shape, generator=generator) / 8
+    anatomy = bh.Anatomy(family="stack", blocks="layers", input=None)
+    return Walk(model, [torch.ones(1, 3)] * batches, anatomy=anatomy, precision="highest")
+
+
+Weights = dict[str, torch.Tensor]
+
+
+def with_loss(monkeypatch: pytest.MonkeyPatch, of: Callable[[Weights], torch.Tensor]) -> list[Weights]:
+    """Replace the model's loss by a function of its weights in float64; returns the weights at every call."""
+    seen: list[Weights] = []
+
+    def loss(self: Tail, batch: int) -> float:
+        seen.append({site.name: site.weight.double() for site in self.walk.all_sites()})
+        return float(of(seen[-1]))
+
+    monkeypatch.setattr(Tail, "loss", loss)
+    return seen
+
+
+def directions(walk: Walk, seed: int = 3) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    return {s.name: torch.randn(s.shape, generator=generator, dtype=torch.float64) for s in walk.all_sites()}
+
+
+@pytest.mark.parametrize("group_by", ["block", "matrix"])
+def test_one_draw_under_a_linear_loss_is_the_exact_projection(
+    group_by: GroupBy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk = stack(2)
+    for site in walk.all_sites():
+        site.weight.zero_()  # then W ± εz are exact in float32
+    c = directions(walk)
+    seen = with_loss(monkeypatch, lambda weights: 5.0 + sum((c[name] * w).sum() for name, w in weights.items()))
+    groups = walk.sites if group_by == "block" else [[site] for site in walk.all_sites()]
+    results = []
+    for eps in (1e-3, 0.5, 30.0):
+        seen.clear()
+        scores = zeroth_order(walk, walk.batches, group_by=group_by, eps=eps)
+        assert len(seen) == 2 * len(groups)
+        for group, plus, minus in zip(groups, seen[::2], seen[1::2], strict=True):
+            names = {site.name for site in group}
+            assert all(torch.equal(plus[name], -minus[name]) for name in plus)
+            assert all(bool(w.any()) == (name in names) for name, w in plus.items())  # all else is untouched
+            projection = sum((c[name] * plus[name] / eps).sum() for name in names)
+            for name in names:
+                assert scores[name] == pytest.approx(abs(float(projection)), rel=1e-9)
+        results.append(scores)
+    assert results[1] == pytest.approx(results[0], rel=1e-5)  # the size of the step does not matter
+    assert results[2] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_even_terms_cancel_under_a_quadratic_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = stack(2)
+    c, curvature = directions(walk), directions(walk, seed=4)
+    dense = {site.name: site.weight.double() for site in walk.all_sites()}
+
+    def loss(weights: Weights) -> torch.Tensor:
+        return sum((c[n] * w + curvature[n] * w.square() / 2).sum() for n, w in weights.items())  # type: ignore[return-value]
+
+    seen = with_loss(monkeypatch, loss)
+    scores = zeroth_order(walk, walk.batches, eps=0.5)
+    for sites, plus, minus in zip(walk.sites, seen[::2], seen[1::2], strict=True):
+        names = [site.name for site in sites]
+        z = {n: plus[n] - minus[n] for n in names}  # 2ε = 1
+        expected = abs(float(sum((z[n] * (c[n] + curvature[n] * dense[n])).sum() for n in names)))
+        assert scores[names[0]] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_mean_of_many_draws_is_the_norm_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = stack(1)
+    c = directions(walk)
+    with_loss(monkeypatch, lambda weights: sum((c[name] * w).sum() for name, w in weights.items()))  # type: ignore[arg-type, return-value]
+    score = next(iter(zeroth_order(walk, walk.batches, draws=2000).values())) / 2000
+    norm = math.sqrt(sum(float(direction.square().sum()) for direction in c.values()))
+    assert score == pytest.approx(math.sqrt(2 / math.pi) * norm, rel=0.04)  # the noise is 1.7%
+
+
+def test_scores_of_few_draws_rank_blocks_by_their_gradients_and_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = stack(15, batches=8)
+    c = directions(walk)
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
+    for sites, rank in zip(walk.sites, order.tolist(), strict=True):
+        norm = math.sqrt(sum(float(c[site.name].square().sum()) for site in sites))
+        for site in sites:
+            c[site.name] *= 1.15**rank / norm
+    with_loss(monkeypatch, lambda weights: sum((c[name] * w).sum() for name, w in weights.items()))  # type: ignore[arg-type, return-value]
+    scores = zeroth_order(walk, walk.batches, draws=4)
+    found = torch.tensor([scores[sites[0].name] for sites in walk.sites]).argsort().argsort()
+    spearman = 1 - 6 * int((found - order).square().sum()) / (15 * (15**2 - 1))
+    assert spearman >= 0.8
+    assert zeroth_order(walk, walk.batches, draws=4) == scores
+    assert zeroth_order(walk, walk.batches, draws=4, seed=1) != scores
 
 
 @pytest.mark.slow
@@ -182,6 +340,23 @@ def test_every_method_reaches_the_overall_sparsity(name: str, method: str) -> No
     shares = {round(site.asked, 6) for site in report.steps[0].sites}
     assert len(shares) > 1
     assert all(0.4 <= share <= 0.7001 or "ecoflap" in name for share in shares)
+
+
+def test_the_masks_have_the_counts_that_were_allocated() -> None:
+    options = {"sparsity": 0.6, "allocation": "ecoflap(score=grad_mag, group_by=matrix)"}
+    for scope in ("row", "layer"):
+        model = build("llama")
+        report = bh.prune(model, bh.Wanda(**options, scope=scope), batches_for("llama"))
+        zeros = {name: weight == 0 for name, weight in site_weights(model).items()}
+        for site in report.steps[0].sites:
+            z = zeros[site.site]
+            if scope == "row":
+                assert (z.sum(dim=1) == budget(z.shape[1], site.asked)).all()
+            else:
+                assert int(z.sum()) == budget(z.numel(), site.asked)
+        assert len({site.asked for site in report.steps[0].sites}) > 10
+    total = sum(z.numel() for z in zeros.values())
+    assert sum(int(z.sum()) for z in zeros.values()) == budget(total, 0.6)  # of the whole model, to the weight
 
 
 def test_owl_follows_the_outliers() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,6 +122,53 @@ def test_without_overshoot_the_error_falls_and_keeps_its_sign() -> None:
         assert (now.abs() <= previous.abs() + 1e-4).all()
         assert (torch.sign(now) == torch.sign(previous)).all()
         previous = now
+
+
+def test_every_swap_moves_the_error_towards_zero_and_no_weight_moves_twice() -> None:
+    w, keep, m, _ = problem(5, rows=40)
+    contribution = w.double() * m.token_sum.double()
+    runs = [dsnot(w, keep, m, cycles=cycles, threshold=0.0) for cycles in range(9)]  # each goes on from the last
+    moved = torch.zeros_like(keep)
+    crossings = 0
+    for old, new in pairwise(runs):
+        grown, dropped = new.keep & ~old.keep, old.keep & ~new.keep
+        assert torch.equal(grown.sum(dim=1), new.swaps - old.swaps)
+        assert torch.equal(dropped.sum(dim=1), new.swaps - old.swaps)
+        assert not (moved & (grown | dropped)).any()
+        moved |= grown | dropped
+        before, after = ((contribution * ~run.keep).sum(dim=1) for run in (old, new))
+        swapped = grown.any(dim=1)
+        change = (contribution * dropped).sum(dim=1) - (contribution * grown).sum(dim=1)
+        assert (torch.sign(before) * change < 0)[swapped].all()
+        assert (after.abs() < before.abs() + change.abs())[swapped].all()
+        torch.testing.assert_close(after, before + change, rtol=1e-9, atol=1e-9)
+        crossings += int((torch.sign(before) * torch.sign(after) < 0).sum())
+    assert crossings > 0  # overshoot is allowed
+
+
+def test_one_swap_in_one_row_is_the_best_of_all_pairs() -> None:
+    """Eight weights, four pruned, no variances: every pair of a pruned and a kept weight is looked at."""
+    signs = set()
+    for seed in range(20):
+        w, keep, m, _ = problem(seed, rows=1, columns=8)
+        c = (w * m.token_sum)[0].tolist()
+        importance = (w.abs() * m.square_sum.sqrt())[0].tolist()
+        error = sum(c[j] for j in range(8) if not keep[0, j])
+        sign = 1 if error > 0 else -1
+        pairs = [
+            (-sign * c[grow], importance[drop], grow, drop)
+            for grow, drop in product(range(8), range(8))
+            if not keep[0, grow] and keep[0, drop] and sign * c[grow] > 0 and sign * c[drop] < 0
+        ]
+        expected = keep.clone()
+        if pairs:
+            _, _, grow, drop = min(pairs)
+            expected[0, grow], expected[0, drop] = True, False
+            signs.add(sign)
+        for mirror in (1, -1):
+            got = dsnot(mirror * w, keep, m, cycles=1, threshold=0.0, variance_power=0.0)
+            assert torch.equal(got.keep, expected)
+    assert signs == {1, -1}
 
 
 def test_mirrored_weights_give_the_same_mask() -> None:

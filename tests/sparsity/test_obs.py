@@ -13,7 +13,7 @@ from torch import Tensor
 from billhook import BillhookError
 from billhook.calibrate.gram import damped, inverse_cholesky
 from billhook.sparsity.obs import joint_least_squares, quadratic_loss, sweep
-from billhook.sparsity.patterns import NM
+from billhook.sparsity.patterns import NM, Scope, Unstructured
 from billhook.sparsity.select import budget, keep_largest
 
 
@@ -180,6 +180,15 @@ def test_sparsity_zero_changes_nothing() -> None:
     new, keep = sweep(weight, inverse_cholesky(gram), sparsity=0.0)
     assert torch.equal(new, weight)
     assert keep.all()
+
+
+@pytest.mark.parametrize("scope", ["layer", "row"])
+def test_sparsity_one_removes_everything(scope: Scope) -> None:
+    weight, gram = problem(4, 20)
+    new, keep = sweep(weight, inverse_cholesky(gram), sparsity=1.0, scope=scope, block_size=7)
+    assert torch.equal(new, torch.zeros_like(weight))
+    assert not keep.any()
+    assert not Unstructured(scope).keep(weight.abs(), 1.0).any()
 
 
 def test_the_given_weight_is_not_modified() -> None:

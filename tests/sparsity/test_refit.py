@@ -63,6 +63,18 @@ def test_refit_is_least_squares(out: int, size: int, part: float, damping: float
     assert given_dtype.shape == (out, len(keep))
 
 
+def test_on_well_conditioned_inputs_the_weights_are_those_of_lstsq() -> None:
+    weight, _ = problem(5, 12, 1, 8)
+    generator = torch.Generator().manual_seed(9)
+    mixing = torch.eye(12) + 0.1 * torch.randn(12, 12, generator=generator)
+    x = mixing.double() @ torch.randn(12, 300, generator=generator, dtype=torch.float64)
+    gram, keep = x @ x.T, chosen(12, 7, 8)
+    new = refit(weight, gram, keep, damping=0.0)
+    torch.testing.assert_close(new, torch.linalg.lstsq(x[keep].T, (weight @ x).T).solution.T, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(new, weight @ gram[:, keep] @ torch.linalg.inv(gram[keep][:, keep]))
+    assert error(weight, x, new, keep) == pytest.approx(refit_error(weight, gram, keep), rel=1e-6)
+
+
 @pytest.mark.parametrize("damping", [0.0, 1e-3, 1.0, 1e6])
 def test_nothing_changes_where_nothing_is_removed(damping: float) -> None:
     weight, x = problem(4, 6, 20, 0)
@@ -87,7 +99,7 @@ def test_an_input_that_the_others_make_up_goes_for_free(damping: float) -> None:
     x[[1, 4]] = torch.randn(2, 7, generator=generator, dtype=torch.float64) @ x[[0, 2, 3, 5, 6, 7, 8]]
     keep = torch.tensor([0, 2, 3, 5, 6, 7, 8])
     new = refit(weight, x @ x.T, keep, damping)
-    assert error(weight, x, new, keep) < 1e-6 * float((weight @ x).square().sum())
+    assert error(weight, x, new, keep) < 1e-12 * float((weight @ x).square().sum())
 
 
 def test_a_duplicate_hands_over_its_weight() -> None:

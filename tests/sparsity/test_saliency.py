@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from billhook.calibrate.gram import inverse_cholesky
 from billhook.sparsity.obs import quadratic_loss
 from billhook.sparsity.patterns import Unstructured
-from billhook.sparsity.saliency import magnitude, relative_importance, ria, wanda
+from billhook.sparsity.saliency import magnitude, obs, relative_importance, ria, wanda
 
 GENERATOR = torch.Generator().manual_seed(5)
 W = torch.randn(9, 12, generator=GENERATOR)
@@ -37,6 +38,13 @@ def test_wanda_squared_is_the_loss_of_removing_one_weight_under_a_diagonal_gram(
         new = W.double().clone()
         new[row, column] = 0
         torch.testing.assert_close(quadratic_loss(W.double(), new, gram), score[row, column], rtol=1e-5, atol=0)
+
+
+def test_second_order_saliency_under_a_diagonal_gram_ranks_like_wanda() -> None:
+    upper = inverse_cholesky(torch.diag(NORM.double().square()), 1e-12)
+    second_order, first = obs(W, upper.diagonal()), wanda(W, NORM)
+    torch.testing.assert_close(second_order, first.double().square(), rtol=1e-5, atol=0)
+    assert torch.equal(second_order.flatten().argsort(), first.flatten().argsort())
 
 
 def test_relative_importance_is_the_formula() -> None:

@@ -110,6 +110,18 @@ def test_proportional_keeps_mean_base_cap_and_order(
         assert moved == pytest.approx(ratios, abs=1e-6)
 
 
+def test_proportional_starts_at_the_base_and_keeps_the_mean_to_the_last_digit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        scores = torch.rand(12, generator=generator, dtype=torch.float64).tolist()
+        mean, part = (0.3 * torch.rand(2, generator=generator, dtype=torch.float64)).tolist()
+        base = part / 0.3 * mean
+        ratios = proportional(scores, mean, base)
+        assert max(ratios) < 0.9  # the cap is not at work
+        assert sum(ratios) / 12 == pytest.approx(mean, abs=1e-12)
+        assert min(ratios) == base
+
+
 def test_proportional_hand_cases() -> None:
     ratios = proportional([0.2, 0.6, 1.0], 0.3, 0.1)
     assert ratios == pytest.approx([0.1, 0.3, 0.5])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
 from torch import nn
@@ -42,9 +44,12 @@ def test_one_or_equal_networks_stay() -> None:
 
 
 def test_order_does_not_matter() -> None:
-    given = states()
-    one, two = merge_state_dicts(given), merge_state_dicts(given[::-1])
-    assert torch.allclose(one["w"], two["w"], atol=1e-6)
+    given, shares = states(), [0.2, 0.3, 0.5]
+    for weights in (None, shares):
+        first = merge_state_dicts(given, weights)
+        for order in permutations(range(3)):
+            moved = merge_state_dicts([given[j] for j in order], weights and [shares[j] for j in order])
+            assert all(torch.allclose(moved[n], first[n], atol=1e-6) for n in ("w", "b"))
 
 
 def test_low_precision_is_averaged_in_high() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -164,6 +165,99 @@ def test_gmp_against_ten_lines() -> None:
     assert all(torch.allclose(model.get_parameter(n), w, atol=1e-6) for n, w in zip(names, weights, strict=True))
 
 
+def test_granet_against_its_steps_written_out() -> None:
+    """Prune over all layers, then exchange within each: the masks of every step equal those of a plain loop.
+
+    Among equal ones the first in order leaves first, and is grown last.
+    """
+    model, other = net(), net()
+    optimizer, plain = (torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, other))
+    pruner = make("granet").attach(model, optimizer, STEPS)
+    names = list(pruner.weights)
+    weights = [other.get_parameter(n) for n in names]
+    total = sum(w.numel() for w in weights)
+    keep = [torch.ones_like(w, dtype=torch.bool) for w in weights]
+    moved = 0
+
+    def enforce() -> None:
+        for w, m in zip(weights, keep, strict=True):
+            w.mul_(m)
+            plain.state[w]["momentum_buffer"].mul_(m)
+
+    for t in range(1, 27):  # past the end of the ramp at 20
+        train(model, optimizer, pruner, t - 1, t)
+        train(other, plain, None, t - 1, t)
+        with torch.no_grad():
+            enforce()
+            if t % 2 == 0:
+                left = round((1 - (0.8 - 0.8 * (1 - min(t / 20, 1)) ** 3)) * total)
+                flat = torch.cat([(w.abs() + 1e-30).mul(m).flatten() for w, m in zip(weights, keep, strict=True)])
+                pruned = torch.zeros(total, dtype=torch.bool)
+                pruned[flat.argsort(stable=True)[total - left :]] = True
+                rate = 0.005 + 0.495 / 2 * (1 + math.cos(math.pi * t / STEPS))
+                for i, part in enumerate(pruned.split([w.numel() for w in weights])):
+                    count = math.ceil(rate * int(part.sum()))
+                    gradient = weights[i].grad
+                    assert gradient is not None
+                    size, pull = (x.abs().flatten().tolist() for x in (weights[i], gradient))
+                    by_size = sorted((size[j], j) for j in part.nonzero().flatten().tolist())
+                    stay = {j for _, j in by_size[count:]}
+                    by_pull = sorted((pull[j], j) for j in range(len(part)) if j not in stay)
+                    new = torch.zeros_like(part)
+                    new[[*stay, *(j for _, j in by_pull[len(by_pull) - count :])]] = True
+                    assert int(pruner.masks[names[i]].sum()) == int(part.sum())  # no layer's number changes
+                    moved += int((new & ~keep[i].flatten()).sum())
+                    keep[i] = new.view_as(weights[i])
+                assert pruner.active == left
+            enforce()
+        assert all(torch.equal(pruner.masks[n], m) for n, m in zip(names, keep, strict=True)), t
+    assert moved > 100
+    assert all(torch.allclose(model.get_parameter(n), w, atol=1e-6) for n, w in zip(names, weights, strict=True))
+
+
+def test_granet_at_a_constant_sparsity_keeps_every_layers_count() -> None:
+    def run(draw: int) -> tuple[dict[str, torch.Tensor], int]:
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        method = make("granet", sparsity=0.7, initial_sparsity=0.7, growth="random", draw=draw)
+        pruner = method.attach(model, optimizer, STEPS)
+        start = {n: m.clone() for n, m in pruner.masks.items()}
+        train(model, optimizer, pruner, 0, 8)
+        assert {n: int(m.sum()) for n, m in pruner.masks.items()} == {n: int(m.sum()) for n, m in start.items()}
+        return pruner.masks, sum(int((m & ~start[n]).sum()) for n, m in pruner.masks.items())
+
+    (first, moved), (again, _), (other, _) = run(1), run(1), run(2)
+    assert moved > 100
+    assert all(torch.equal(first[n], again[n]) for n in first)  # the same seed, the same masks
+    assert not all(torch.equal(first[n], other[n]) for n in first)
+
+
+def test_a_weight_that_is_dropped_and_grown_at_once_keeps_value_and_momentum() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 5, bias=False)
+    weight = model.weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    pruner = make("rigl", sparsity=0.5, update_every=1, end=1.0).attach(model, optimizer, 10)
+    before = pruner.masks["weight"].clone()
+    place = tuple(before.nonzero()[3].tolist())
+    with torch.no_grad():
+        weight.copy_(torch.where(before, weight.sign() * (1 + weight.abs()), 0))
+        weight[place] = 0.02  # by far the smallest, and its gradient will be by far the largest
+    weight.grad = torch.randn(5, 6)
+    weight.grad[place] = 50.0
+    optimizer.step()
+    value, momentum = weight.detach().clone(), optimizer.state[weight]["momentum_buffer"].clone()
+    pruner.step()
+    after = pruner.masks["weight"]
+    assert after[place]
+    assert weight[place] == value[place] != 0
+    assert optimizer.state[weight]["momentum_buffer"][place] == momentum[place] == 50
+    grown = after & ~before
+    assert grown.any()
+    assert not weight[grown].any()
+    assert not optimizer.state[weight]["momentum_buffer"][grown].any()
+
+
 def test_sparse_to_sparse_counts_are_constant_and_growth_changes_nothing() -> None:
     model = net().eval()  # the same function before and after a growth needs no batch statistics
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -172,12 +266,17 @@ def test_sparse_to_sparse_counts_are_constant_and_growth_changes_nothing() -> No
     before = None
     for step in range(STEPS):
         old = {n: m.clone() for n, m in pruner.masks.items()}
-        train(model, optimizer, pruner, step, step + 1)
+        train(model, optimizer, None, step, step + 1)
+        dropped = copy.deepcopy(model)
+        pruner.step()
         assert {n: int(m.sum()) for n, m in pruner.masks.items()} == counts
         for name, mask in pruner.masks.items():
             grown = mask & ~old[name]
             assert not bool(model.get_parameter(name).detach()[grown].any())  # starts at zero
             before = before or bool(grown.any())
+        apply_masks(dropped, {n: mask & old[n] for n, mask in pruner.masks.items()})
+        x, _ = batch(step)
+        assert torch.allclose(model(x), dropped(x), atol=1e-6)  # the drop changes the function, the growth does not
     assert before
 
 
