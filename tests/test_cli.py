@@ -478,6 +478,19 @@ def test_sparsity_curve(call: Call, taught: tuple[Path, Path]) -> None:
     assert "Already there" in again.out
 
 
+def test_an_impossible_grid_is_refused_before_any_work(
+    call: Call, taught: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worked(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("a point was evaluated")
+
+    monkeypatch.setattr("billhook.curve.evaluate", worked)
+    folder, corpus = taught
+    done = call("sparsity-curve", folder, "--out", "curve", "--grid", "0.2,1.0", *short(corpus))
+    assert done.code == 2
+    assert "sparsity=1.0 is not possible" in done.err
+
+
 def test_an_interrupted_curve_keeps_its_points(
     call: Call, taught: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ def sparsity_curve(
     def made(sparsity: float) -> Method:
         return method(name, sparsity=sparsity, **ranking)
 
-    trials = [made(sparsity) for sparsity in grid if 0 <= sparsity < 1]
+    trials = [made(sparsity) for sparsity in grid]
     of_patterns = [method(name, pattern=pattern) for pattern in patterns]
     if not all(isinstance(one, SparseMethod) for one in trials):
         raise BillhookError(f"Method {name} sets no sparsity, so there is no curve to draw.")

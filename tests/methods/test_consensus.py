@@ -211,6 +211,19 @@ def test_the_loss_is_zero_on_target_and_pulls_from_both_sides(cost: Any) -> None
             assert bool((slope * sign > 0).all()) if sign else float(slope.abs().max()) < 1e-9
 
 
+def test_a_learned_mask_is_frozen_as_it_is() -> None:
+    model = student(0)
+    gates = attach(model, batch(0)[:1], steps=8, gate_input="none", freeze=0.5)
+    train(model, gates, 0, 2)  # all open
+    with torch.no_grad():
+        for gate in gates.gates:
+            gate.b2.copy_((torch.arange(16) < 5) * 2.0 - 1)
+    train(model, gates, 2, 4)
+    assert gates.frozen
+    assert gates.opened is not None
+    assert [int(o.sum()) for o in gates.opened] == [5, 5]  # one decision for all inputs: nothing to average
+
+
 @pytest.mark.parametrize("cost", ["gates", "flops"])
 def test_the_budget_is_met(cost: Any) -> None:
     _, gates = trained(cost=cost)

@@ -465,3 +465,9 @@ def test_channels_that_are_zero_are_the_ones_that_leave() -> None:
             assert dims[part]["reads"] == (left if index else None)
             assert dims[part]["writes"] is None
         assert dims["mlp"]["width"] == 8
+
+
+def test_a_temperature_that_turns_gradients_round_is_refused() -> None:
+    with pytest.raises(bh.BillhookError, match=r"tau=0\.4 turns"):
+        bh.method("disp-llm", tau=0.4)
+    bh.method("disp-llm", tau=0.4, estimator="gumbel_soft")

@@ -309,6 +309,8 @@ class TestControls:
         first = found.control("random", Training(), evaluate=accuracy, out=tmp_path)
         again = Training()
         second = found.control("random", again, evaluate=accuracy, out=tmp_path)
+        elsewhere = found.control("random", Training(), evaluate=accuracy, out=tmp_path, start=0.5)
+        assert elsewhere.report["parts"][-1]["start"] == 0.5
         assert not again.stretches
         assert first.score == second.score
         assert equal(snapshot(first.model), snapshot(second.model))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.errors import BillhookError
@@ -196,3 +197,18 @@ def test_patterns() -> None:
     assert bool(method(pattern="2:4").important(torch.randn(6, 7)).all())  # a width that 4 does not divide
     with pytest.raises(BillhookError, match="Pattern '4:2'"):
         method(pattern="4:2")
+
+
+def test_n_of_m_goes_along_the_inputs_whichever_axis_they_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8, bias=False), Conv1D(12, 8))
+    model[1].weight.data.copy_(torch.randn(8, 12))
+    optimizer = sgd(model, lr=0.0)
+    pruner = method(pattern="2:4").attach(model, optimizer, STEPS)
+    for _ in range(STEPS):
+        for weight in pruner.weights.values():
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        pruner.step()
+    for rows in (model[0].weight, model[1].weight.T):  # [out, in]
+        assert bool((rows.reshape(-1, 4).count_nonzero(1) == 2).all())

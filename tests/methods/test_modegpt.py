@@ -777,3 +777,10 @@ def test_low_precision_models(family: str) -> None:
     assert out.dtype == torch.bfloat16
     assert torch.isfinite(out).all()
     assert math.isfinite(float(out.float().norm()))
+
+
+@pytest.mark.parametrize(("modules", "sparsity"), [("vo", 0.17), ("mlp", 0.5)])
+def test_redundancy_stays_within_what_may_leave(modules: str, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billhook.methods.structured.block_influence", lambda walk: [0.9, 0.5, 0.01])
+    method = bh.method("modegpt", sparsity=sparsity, modules=modules, sharing="redundancy")
+    bh.prune(build("llama"), method, batches_for("llama"))

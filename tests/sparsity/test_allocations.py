@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import billhook as bh
-from billhook.calibrate.sensitivity import GroupBy, Tail, first_order, shortened, task_loss, zeroth_order
+from billhook.calibrate.sensitivity import FirstOrder, GroupBy, Tail, first_order, shortened, task_loss, zeroth_order
 from billhook.calibrate.walk import Walk
 from billhook.sparsity.allocations import ALLOCATIONS, proportional_keep
 from billhook.sparsity.select import budget
@@ -219,13 +219,22 @@ def test_even_terms_cancel_under_a_quadratic_loss(monkeypatch: pytest.MonkeyPatc
         assert scores[names[0]] == pytest.approx(expected, rel=1e-5)
 
 
+def with_gradient(monkeypatch: pytest.MonkeyPatch, c: Weights) -> None:
+    """A linear loss with this gradient; blocks that are not perturbed add a constant, which is left out."""
+
+    def loss(self: Tail, batch: int) -> float:
+        return float(sum((c[site.name] * site.weight).sum() for site in self.walk.sites[self.index]))
+
+    monkeypatch.setattr(Tail, "loss", loss)
+
+
 def test_the_mean_of_many_draws_is_the_norm_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     walk = stack(1)
     c = directions(walk)
-    with_loss(monkeypatch, lambda weights: sum((c[name] * w).sum() for name, w in weights.items()))  # type: ignore[arg-type, return-value]
-    score = next(iter(zeroth_order(walk, walk.batches, draws=2000).values())) / 2000
+    with_gradient(monkeypatch, c)
+    score = next(iter(zeroth_order(walk, walk.batches, draws=1500).values())) / 1500
     norm = math.sqrt(sum(float(direction.square().sum()) for direction in c.values()))
-    assert score == pytest.approx(math.sqrt(2 / math.pi) * norm, rel=0.04)  # the noise is 1.7%
+    assert score == pytest.approx(math.sqrt(2 / math.pi) * norm, rel=0.04)  # the noise is 2%
 
 
 def test_scores_of_few_draws_rank_blocks_by_their_gradients_and_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,13 +245,14 @@ def test_scores_of_few_draws_rank_blocks_by_their_gradients_and_repeat(monkeypat
         norm = math.sqrt(sum(float(c[site.name].square().sum()) for site in sites))
         for site in sites:
             c[site.name] *= 1.15**rank / norm
-    with_loss(monkeypatch, lambda weights: sum((c[name] * w).sum() for name, w in weights.items()))  # type: ignore[arg-type, return-value]
+    with_gradient(monkeypatch, c)
     scores = zeroth_order(walk, walk.batches, draws=4)
     found = torch.tensor([scores[sites[0].name] for sites in walk.sites]).argsort().argsort()
     spearman = 1 - 6 * int((found - order).square().sum()) / (15 * (15**2 - 1))
     assert spearman >= 0.8
-    assert zeroth_order(walk, walk.batches, draws=4) == scores
-    assert zeroth_order(walk, walk.batches, draws=4, seed=1) != scores
+    few = [zeroth_order(walk, walk.batches[:1], seed=seed) for seed in (0, 0, 1)]
+    assert few[0] == few[1]
+    assert few[0] != few[2]
 
 
 @pytest.mark.slow
@@ -329,6 +339,21 @@ def test_first_order_is_the_gradient_s() -> None:
     assert got == pytest.approx(expected, rel=1e-4)
     assert all(p.requires_grad for p in model.parameters())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_other_first_order_scores_are_sums_of_gradients_and_of_squared_products() -> None:
+    walk = walk_of(count=2)
+    expected: dict[FirstOrder, dict[str, float]] = {"grad": {}, "grad_mag_sq": {}}
+    for batch in walk.batches:
+        task_loss(walk.model(input_ids=batch), batch).backward()
+        for site in walk.all_sites():
+            gradient, weight = site.module.weight.grad.double(), site.weight.double()
+            for score, value in (("grad", gradient.abs()), ("grad_mag_sq", (weight * gradient).square())):
+                scores = expected[score]  # type: ignore[index]
+                scores[site.name] = scores.get(site.name, 0.0) + float(value.sum()) / 2
+        walk.model.zero_grad()
+    for score, scores in expected.items():
+        assert first_order(walk, walk.batches, score) == pytest.approx(scores, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["owl", "ecoflap", "ecoflap(score=grad_mag)", "ecoflap(group_by=matrix, samples=2)"])

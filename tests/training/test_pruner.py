@@ -326,18 +326,32 @@ def test_a_skipped_optimizer_step_postpones_the_update() -> None:
     assert pruner.sparsity > 0
 
 
-@pytest.mark.parametrize("growth", ["momentum", "random"])
-def test_other_growth(growth: str) -> None:
+def test_growth_at_random_keeps_the_count() -> None:
     model = net()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    pruner = make("granet", growth=growth).attach(model, optimizer, STEPS)
+    pruner = make("granet", growth="random").attach(model, optimizer, STEPS)
     train(model, optimizer, pruner)
     assert pruner.active == round(0.2 * pruner.total)
     pruner.finalize()
-    plain = torch.optim.SGD(model.parameters(), lr=0.1)
-    other = make("granet", growth="momentum").attach(model, plain, STEPS)
-    with pytest.raises(BillhookError, match="momentum"):
-        train(model, plain, other)
+
+
+def test_a_ramp_may_end_with_the_training() -> None:
+    for name in ("granet", "gmp"):
+        model = net()
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        pruner = make(name, update_every=10, end=1.0).attach(model, optimizer, STEPS)
+        train(model, optimizer, pruner)
+        assert pruner.active == round(0.2 * pruner.total)
+        pruner.finalize()
+
+
+def test_layers_of_equal_sparsity_begin_with_it() -> None:
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    method = make("gmp", scope="layer", sparsity=0.8, initial_sparsity=0.8)
+    pruner = method.attach(model, optimizer, STEPS)
+    train(model, optimizer, pruner)
+    assert all(abs(float(m.float().mean()) - 0.2) < 1 / m.numel() for m in pruner.masks.values())
 
 
 class TestRefusals:

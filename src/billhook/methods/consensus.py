@@ -199,7 +199,8 @@ class Gates:
                 "of several inputs, better 64 or more."
             )
         means = [z.mean(0) for z in decisions]
-        weight = min(1.0, len(decisions[0]) / self.method.inputs)
+        # without input every decision is the gate's own: there is nothing to average
+        weight = min(1.0, len(decisions[0]) / self.method.inputs) if self.method.gate_input != "none" else 1.0
         with torch.no_grad():
             before = self._running or means
             self._running = [old + (new - old) * weight for old, new in zip(before, means, strict=True)]

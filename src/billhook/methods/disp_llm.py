@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from billhook.calibrate import distributed
@@ -61,12 +61,20 @@ class DispLLM(StructuredMethod):
     estimator: Literal["reinmax", "st", "gumbel_soft"] = Field(
         "reinmax", description="Gradient of the gates: second order, straight-through, or soft as in the paper's code."
     )
-    tau: float | None = Field(None, gt=0, description="Temperature; 1 for reinmax and 0.4 for gumbel_soft by default.")
+    tau: float | None = Field(
+        None, gt=0, description="Temperature; 1 for reinmax, at least, and 0.4 for gumbel_soft by default; st has none."
+    )
     offset: float = Field(3.0, description="Added to all logits, so that nearly all gates begin open.")
     hyper: bool = Field(True, description="Logits come from a hypernetwork, or are parameters themselves.")
     tie: Literal["none", "same"] = Field("none", description="same: one subset of the stream for all sublayers.")
     repair: bool = Field(True, description="Move the threshold on the gates so that the budget is met exactly.")
     draw: int = Field(0, ge=0, description="Seed of the hypernetwork and of the gates' samples.")
+
+    @model_validator(mode="after")
+    def _warm(self) -> DispLLM:
+        if self.estimator == "reinmax" and self.tau is not None and self.tau < 1:
+            raise ValueError(f"tau={self.tau:g} turns reinmax's gradients round: give 1 or more, or another estimator")
+        return self
 
     def check(self, walk: Walk) -> None:
         _target(self.overall(walk), walk.blocks)

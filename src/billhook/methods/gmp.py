@@ -31,7 +31,8 @@ class GMP(Gradual):
     def begin(self, pruner: Pruner) -> None:
         super().begin(pruner)
         if self.initial_sparsity > 0:
-            pruner.start_from(erk(pruner.shapes, 1 - self.initial_sparsity))
+            share = erk if self.scope == "global" else uniform
+            pruner.start_from(share(pruner.shapes, 1 - self.initial_sparsity))
 
     def update(self, pruner: Pruner) -> None:
         sparsity = self.sparsity_at(pruner.taken, pruner.total_steps)

@@ -35,9 +35,7 @@ class GraNet(Gradual):
 
     regeneration: float = Field(0.5, ge=0, le=1, description="Share of a layer's weights exchanged at first.")
     least_regeneration: float = Field(0.005, ge=0, le=1, description="The same at the end of the training.")
-    growth: Growth = Field(
-        "gradient", description="What grows: where the gradient or momentum is largest, or at random."
-    )
+    growth: Growth = Field("gradient", description="What grows: where the gradient is largest, or at random.")
 
     def begin(self, pruner: Pruner) -> None:
         super().begin(pruner)
@@ -46,9 +44,11 @@ class GraNet(Gradual):
 
     def due(self, step: int, total_steps: int) -> bool:
         # weights are exchanged to the end, long after the last one was removed
-        return step % self.interval(total_steps) == 0 and self.span(total_steps)[0] < step < total_steps
+        first, last = self.span(total_steps)
+        return step % self.interval(total_steps) == 0 and first < step <= max(last, total_steps - 1)
 
     def update(self, pruner: Pruner) -> None:
         step, total = pruner.taken, pruner.total_steps
         pruner.prune_globally(self.sparsity_at(step, total))
-        pruner.exchange(cosine(step, total, self.regeneration, self.least_regeneration), self.growth)
+        if step < total:  # what grew with the last step would never be trained
+            pruner.exchange(cosine(step, total, self.regeneration, self.least_regeneration), self.growth)

@@ -133,12 +133,12 @@ class Ticket(Outcome):
         return [part for part in self.report["parts"] if part["part"].startswith("level")]
 
     def rewound(self) -> dict[str, Tensor]:
-        """The ticket before its training: the state at `rewind_to` with absent weights at zero; on the CPU."""
+        """The state at `rewind_to`, absent weights at zero, on the CPU; with rewind=weights training begins there."""
         state = self.store.state(self.point)
         return {n: state[n] * self.masks[n].cpu() if n in self.masks else state[n].clone() for n in state}
 
     def rewind_(self) -> None:
-        """Put the model back to where the ticket's training begins."""
+        """Put the model back to the state `rewound`."""
         restore(self.model, self.rewound())
 
     def control(
@@ -160,7 +160,8 @@ class Ticket(Outcome):
                 again from the initialisation (rewind_to = 0).
             seed: of the random places or the new draw. The data order is the ticket's.
             start: where in the training the control begins; where the ticket did, unless given. A network drawn anew
-                may want 0.
+                may want 0. The original search has a beginning and draws of its own: `start`, `seed` and
+                `initialize` are not for it.
             initialize: draws the weights of a model anew, for `reinit`; by default every module's reset_parameters().
             out: as in `IMPRewind.run`.
 
@@ -186,11 +187,12 @@ class Ticket(Outcome):
             masks = shuffled(masks, seed, over_all=kind == "random-global")
         begin = self.method.rewind_to if start is None else start
         runs = Runs(self.method, model, train, evaluate, out, masks=masks)
+        part = kind if start is None else f"{kind}-{start:g}"  # another start is another training
         with runs.working(1):
-            if runs.resume(kind):
-                runs.load(kind)
+            if runs.resume(part):
+                runs.load(part)
             else:
-                runs.fit(kind, Stretch(begin, 1.0, seed=self.method.seed), draw=seed)
+                runs.fit(part, Stretch(begin, 1.0, seed=self.method.seed), draw=seed)
         return Outcome(model, masks, runs.report(), runs.store)
 
     def stability(

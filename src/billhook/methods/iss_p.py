@@ -12,6 +12,7 @@ from billhook.declared import Paper
 from billhook.sparsity.patterns import parse_pattern
 from billhook.sparsity.select import keep_n_of_m
 from billhook.training.masks import keep_in_layer
+from billhook.training.prunable import TRANSPOSED
 from billhook.training.pruner import Pruner, SparseTraining, pruner
 
 _MOST = 0.995  # no layer loses more than this share
@@ -32,14 +33,19 @@ class ISSP(SparseTraining):
     )
     when = (
         "For networks trained from nothing, super-resolution ones above all. Keep the learning rate constant while "
-        "weights shrink: one below lr · shrink / (1 − shrink) cannot come back."
+        "weights shrink. With steps of lr, as Adam takes them, a weight that shrinks every time grows to lr / (1 − "
+        "shrink) at most: where the smallest that stay are larger, none comes back, so raise shrink for small rates."
     )
 
     shrink: float = Field(
         0.95, ge=0, le=1, description="Factor per step; 0 is iterative hard thresholding, 1 one-shot."
     )
     until: float = Field(1 / 3, gt=0, le=1, description="Where shrinking ends, as a fraction of the training.")
-    pattern: str = Field("unstructured", description="unstructured, or N:M, which keeps N of every M inputs.")
+    pattern: str = Field(
+        "unstructured",
+        description="unstructured; or N:M, which sets the sparsity: N of every M consecutive weights of an output stay "
+        "(over a convolution's kernel first); layers whose outputs M does not divide stay dense.",
+    )
     least: int = Field(1000, ge=0, description="Layers with fewer weights stay dense.")
 
     @field_validator("pattern")
@@ -61,25 +67,35 @@ class ISSP(SparseTraining):
 
     def update(self, pruner: Pruner) -> None:
         self._shrink(pruner)
-        pruner.set_masks({name: self.important(weight.detach()) for name, weight in pruner.weights.items()})
+        masks = {n: self.important(w.detach(), outputs(pruner, n)) for n, w in pruner.weights.items()}
+        pruner.set_masks(masks)
 
     def reached(self, pruner: Pruner) -> bool:
         return pruner.taken >= self.last(pruner.total_steps)
 
-    def important(self, weight: Tensor) -> Tensor:
-        """The weights that do not shrink: bool, of the weight's shape."""
+    def important(self, weight: Tensor, outputs: int = 0) -> Tensor:
+        """The weights that do not shrink: bool, of the weight's shape; `outputs` is the axis of its outputs."""
         everything = torch.ones_like(weight, dtype=torch.bool)
         if weight.numel() < self.least:
             return everything
         nm = parse_pattern(self.pattern)
         if nm is not None:
-            flat = weight.abs().flatten(1)
-            return everything if flat.shape[1] % nm.m else keep_n_of_m(flat, nm.n, nm.m).view(weight.shape)
+            rows = weight.abs().movedim(outputs, 0)
+            flat = rows.flatten(1)
+            if flat.shape[1] % nm.m:
+                return everything
+            return keep_n_of_m(flat, nm.n, nm.m).view(rows.shape).movedim(0, outputs)
         n = weight.numel()
         count = min(math.ceil(round(self.sparsity * n, 6)), int(_MOST * n))
         return keep_in_layer(weight.abs(), everything, n - count)
 
     @torch.no_grad()
     def _shrink(self, pruner: Pruner) -> None:
-        for weight in pruner.weights.values():
-            weight.mul_(torch.where(self.important(weight), 1.0, self.shrink).to(weight.dtype))
+        for name, weight in pruner.weights.items():
+            factor = torch.where(self.important(weight, outputs(pruner, name)), 1.0, self.shrink)
+            weight.mul_(factor.to(weight.dtype))
+
+
+def outputs(pruner: Pruner, name: str) -> int:
+    """The axis of a weight's outputs."""
+    return int(isinstance(pruner.model.get_submodule(name.rpartition(".")[0]), TRANSPOSED))

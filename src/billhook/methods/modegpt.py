@@ -204,6 +204,9 @@ class MoDeGPT(WidthMethod):
                 "lower the sparsity, raise cap, or narrow more modules."
             )
 
+    def most(self, walk: Walk) -> float:
+        return 0.95 * self._most(walk) / self.cap  # something of each has to stay
+
     def _most(self, walk: Walk) -> float:
         """φ_max: `cap` counts within what may leave a block, which is less than all of it."""
         return self.cap * min(

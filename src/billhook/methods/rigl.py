@@ -39,9 +39,7 @@ class RigL(_SparseToSparse):
     needs_gradients: ClassVar[bool] = True
 
     fraction: float = Field(0.3, ge=0, le=1, description="Share of a layer's weights exchanged at first; falls to 0.")
-    growth: Growth = Field(
-        "gradient", description="What grows: where the gradient or momentum is largest, or at random."
-    )
+    growth: Growth = Field("gradient", description="What grows: where the gradient is largest, or at random.")
 
     def update(self, pruner: Pruner) -> None:
         last = self.span(pruner.total_steps)[1]

@@ -8,18 +8,15 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import BillhookError
 from billhook.sparsity.inequality import pq_index
 from billhook.sparsity.pqi import PAPER, excess, least_kept, removals, removals_to
 from billhook.training.masks import Masks, among_active, keep_globally, keep_in_layer
-from billhook.training.prunable import prunable
+from billhook.training.prunable import TRANSPOSED, prunable
 from billhook.training.runs import Evaluate, Outcome, Runs, SeveralRuns, procedure
 from billhook.training.runs import present as present_weights
 from billhook.training.stretch import Stretch, Train
-
-_TRANSPOSED = (Conv1D, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # [in, out, *kernel]
 
 
 @procedure("sap")
@@ -229,7 +226,7 @@ def _of_rows(model: nn.Module, name: str, rows: Tensor, shape: torch.Size) -> Te
 def _groups_if_transposed(model: nn.Module, name: str) -> int:
     """Groups of a layer whose weight is [in, out / groups, *kernel]; 0 for [out, in / groups, *kernel]."""
     module = model.get_submodule(name.rpartition(".")[0])
-    return int(getattr(module, "groups", 1)) if isinstance(module, _TRANSPOSED) else 0
+    return int(getattr(module, "groups", 1)) if isinstance(module, TRANSPOSED) else 0
 
 
 def _level(index: int) -> str:

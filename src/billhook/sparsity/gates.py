@@ -61,7 +61,7 @@ def reinmax(logits: Tensor, uniform: Tensor, tau: float = 1.0) -> Tensor:
 
     ∂L/∂z = ĝ · [2q(1 − q) − σ(z)(1 − σ(z))/2] with q = (D + σ(z/τ))/2 and ĝ = ∂L/∂D; at τ = 1 that is ĝ (1 − σ(z))/2
     where D = 1 and ĝ σ(z)/2 where D = 0, whose mean over D is exact for every loss quadratic in D. (ReinMax, Liu et
-    al. 2023, arXiv:2304.08612, for two classes.)
+    al. 2023, arXiv:2304.08612, for two classes.) Below τ = 1 the factor can be negative.
     """
     result: Tensor = _ReinMax.apply(logits, uniform, tau)  # type: ignore[no-untyped-call]
     return result

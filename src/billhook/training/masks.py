@@ -16,7 +16,7 @@ from billhook.errors import BillhookError
 from billhook.sparsity.select import global_counts, keep_largest
 
 Masks = dict[str, Tensor]
-Growth = Literal["gradient", "random", "momentum"]
+Growth = Literal["gradient", "random"]
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -63,8 +63,8 @@ def exchange(
         weight: the weights; absent ones are not looked at.
         mask: which are there.
         count: how many to exchange.
-        growth: gradient, momentum: where |signal| is largest among the absent; random: anywhere among them.
-        signal: gradient or momentum of all weights, absent ones too, for the first two.
+        growth: gradient: where |signal| is largest among the absent; random: anywhere among them.
+        signal: gradient of all weights, absent ones too, for the first.
         generator: of the random choice, on the CPU so that it is the same on every device.
 
     Source: Evci et al. (1911.11134), algorithm 1; Mocanu et al. (1707.04780) with random growth.

@@ -21,6 +21,8 @@ _LAYERS = (
     Conv1D,
 )
 
+TRANSPOSED = (Conv1D, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # weights [in, out, *kernel]
+
 
 def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """Weights of linear and convolutional layers, by name, in the order of the modules.

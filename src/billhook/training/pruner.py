@@ -259,21 +259,6 @@ class Pruner:
             )
         return found
 
-    def momentum(self, name: str) -> Tensor:
-        """The optimizer's running mean of the gradients of a weight.
-
-        Raises:
-            BillhookError: the optimizer keeps none.
-        """
-        state = self.optimizer.state.get(self.weights[name], {})
-        for key in ("momentum_buffer", "exp_avg"):
-            if isinstance(state.get(key), Tensor):
-                found: Tensor = state[key]
-                return found
-        raise BillhookError(
-            f"The optimizer keeps no momentum for {name}: use growth=gradient, or an optimizer with one."
-        )
-
     def set_masks(self, masks: Masks) -> None:
         """Take over masks; says so where a layer has no weight left."""
         for name, mask in masks.items():
@@ -310,11 +295,9 @@ class Pruner:
         """In every layer, drop this fraction of its weights (the smallest) and grow as many."""
         for name, mask in self.masks.items():
             count = math.ceil(round(fraction * int(mask.sum()), 6))
-            signal = {"gradient": self.gradient, "momentum": self.momentum}.get(growth)
             if count:
-                self.masks[name] = _masks.exchange(
-                    self.weights[name], mask, count, growth, signal(name) if signal else None, self.generator
-                )
+                signal = self.gradient(name) if growth == "gradient" else None
+                self.masks[name] = _masks.exchange(self.weights[name], mask, count, growth, signal, self.generator)
 
     # -- state ----------------------------------------------------------------------------------------------
 
