@@ -101,7 +101,9 @@ def test_a_sliced_model_has_the_planned_size_and_loads(family: str, tmp_path: Pa
     present = copy.deepcopy(model)
     reshape(present)
     batches = batches_for(family)
-    planned = bh.method("slicegpt", sparsity=0.25).planned(Walk(present, batches), 0.25)  # type: ignore[attr-defined]
+    method: Any = bh.method("slicegpt", sparsity=0.25)
+    walk = Walk(present, batches)
+    planned = method.planned(walk, method._widths(walk, [0.25] * len(walk.blocks)))
     bh.prune(model, bh.method("slicegpt", sparsity=0.25), batches)
     assert sum(p.numel() for p in model.parameters()) == planned
     streams = [layer["stream"] for layer in model.config.slim["layers"]]  # type: ignore[union-attr, index]
@@ -259,7 +261,8 @@ def test_planned_sizes_of_known_models(shape: Any, layers: int, planned: dict[fl
         slim_(model)
         walk = Walk(model, batches_for("llama"))
         dense = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)  # they are fused
-        sizes.append({0.0: dense} | {ratio: method.planned(walk, ratio) for ratio in planned})
+        widths = {r: method._widths(walk, [r] * len(walk.blocks)) for r in planned}
+        sizes.append({0.0: dense} | {r: method.planned(walk, w) for r, w in widths.items()})
     full = {ratio: sizes[0][ratio] + (layers - 2) * (sizes[1][ratio] - sizes[0][ratio]) for ratio in sizes[0]}
     for ratio, want in planned.items():
         assert full[ratio] == want if want > 0 else full[ratio] / full[0.0] - 1 == pytest.approx(want, abs=5e-5)
@@ -370,6 +373,43 @@ def test_a_block_that_does_nothing_is_cut_most_and_one_that_turns_its_input_leas
     single = [row[None] for batch in batches for row in batch]  # in batches of one sequence
     again = method.shares(Walk(model, single, precision="highest"), 0.3)  # type: ignore[attr-defined]
     assert again == pytest.approx(shares, abs=1e-6)
+
+
+@pytest.mark.parametrize("influence", [[0.95, 0.1, 0.05], [0.05, 0.1, 0.95]])
+def test_target_size_holds_for_uneven_widths(influence: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billhook.methods.slicegpt.block_influence", lambda walk: influence)
+    model = build("opt")
+    present = sum(p.numel() for p in model.parameters())
+    bh.prune(model, bh.method("dynamic-slicing", target_size=0.8, round=1), batches_for("opt"))
+    assert 0.77 * present < sum(p.numel() for p in model.parameters()) <= 0.8 * present
+
+
+def test_target_flops_are_found_where_every_block_has_a_base() -> None:
+    bh.prune(build("opt"), bh.method("dynamic-slicing", target_flops=0.825, base=0.3, round=1), batches_for("opt"))
+    with pytest.raises(bh.BillhookError, match=r"base=0\.3 is more than the mean ratio 0\.2"):
+        bh.prune(build("opt"), bh.method("dynamic-slicing", sparsity=0.2, base=0.3), batches_for("opt"))
+
+
+def test_normed_signals_of_layer_norms_are_centred_first() -> None:
+    model: Any = build("opt").double()
+    shift = torch.randn(96, 1, generator=torch.Generator().manual_seed(0)).double()
+    model.model.decoder.embed_tokens.weight.data += shift
+    seen: list[Tensor] = []
+    ids = batches_for("opt")
+    norm = model.model.decoder.layers[0].self_attn_layer_norm
+    handle = norm.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for batch in ids:
+            model(batch)
+    handle.remove()
+    normed = nn.functional.layer_norm(torch.cat(seen), [32], eps=1e-12)
+    slim_(model)
+    reshape(model)
+    method: Any = bh.method("slicegpt", signal="normed")
+    walk = Walk(model, ids, precision="highest")
+    centre = torch.eye(32, dtype=torch.float64) - 1 / 32
+    got = method.centred(walk.entering(method.statistic(walk)), centre)
+    torch.testing.assert_close(got, normed.T @ normed, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])

@@ -142,6 +142,28 @@ def test_accumulated_micro_batches_are_one_batch() -> None:
     torch.testing.assert_close(layer.weight, reference.weight, rtol=1e-5, atol=1e-6)
 
 
+def test_processes_with_data_of_their_own_are_one_that_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, loss = regression()
+    taken = 0
+
+    def add_the_other_process(tensors: list[Tensor]) -> None:
+        nonlocal taken
+        value = loss(2 * taken + 1)
+        gradients = torch.autograd.grad(value, list(layer.parameters()))
+        for mine, other in zip(tensors, (value.detach(), *gradients), strict=True):
+            mine.add_(other)
+        taken += 1
+
+    with monkeypatch.context() as patched:
+        patched.setattr("billhook.calibrate.distributed.world", lambda: 2)
+        patched.setattr("billhook.calibrate.distributed.sum_", add_the_other_process)
+        losses = Loop(layer, all_of(layer), 0.05, lambda index: loss(2 * index), 6).run()
+    alone, loss_alone = regression()
+    assert losses == pytest.approx(Loop(alone, all_of(alone), 0.05, loss_alone, 6, accumulate=2).run(), rel=1e-5)
+    for p, q in zip(layer.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_micro_batches_are_numbered_through() -> None:
     layer, loss = regression()
     seen: list[int] = []

@@ -47,6 +47,7 @@ log = logging.getLogger("billhook")
 R = TypeVar("R")
 Needs = Literal["calibration", "nothing", "forward"]
 
+_ONE = torch.ones(1)
 _PROBE_ROWS = 256
 State = Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
 
@@ -445,6 +446,11 @@ class Walk:
         if self.source.streams and journal is None and needs != "forward":
             raise BillhookError("This model is streamed from disk, so its result needs a folder: give out=.")
         own = list(batches)[distributed.rank() :: distributed.world()] if shared is None else list(shared)
+        if any(not isinstance(b, Tensor) and bool((b.get("attention_mask", _ONE) == 0).any()) for b in own):
+            self.notes.append(
+                "Some calibration sequences are padded, and padding was counted like tokens: sequences of full length "
+                "calibrate better."
+            )
         self.batches: list[Batch] = own[:1] if needs == "nothing" else own
         self.inputs: Activations = Activations(0, self.device)
         self._scratch: Path | None = None

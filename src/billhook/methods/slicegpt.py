@@ -131,7 +131,8 @@ class SliceGPT(WidthMethod):
         if self.round > hidden:
             raise BillhookError(f"round={self.round} is more than the hidden width {hidden}.")
         ratio = self.overall(walk)
-        planned, present = self.planned(walk, ratio), sum(p.numel() for p in walk.model.parameters())
+        planned = self.planned(walk, self._widths(walk, [ratio] * len(walk.blocks)))
+        present = sum(p.numel() for p in walk.model.parameters())
         if planned > present:
             log.warning(
                 "Removing %.0f%% of the hidden width makes this model larger, from %s to %s parameters: residual "
@@ -144,7 +145,7 @@ class SliceGPT(WidthMethod):
 
     def overall(self, walk: Walk, shares: Callable[[float], Sequence[float]] | None = None) -> float:
         """The fraction of the hidden width to remove."""
-        return self._ratio_for_size(walk) if self.target_size is not None else super().overall(walk, shares)
+        return self._ratio_for_size(walk, shares) if self.target_size is not None else super().overall(walk, shares)
 
     def shapes(self, walk: Walk, ratios: Sequence[float]) -> list[Dims | None]:
         widths = self._widths(walk, ratios)
@@ -155,14 +156,11 @@ class SliceGPT(WidthMethod):
             result.append(dims | {"adapters": [True, not parallel]})
         return result
 
-    def planned(self, walk: Walk, ratio: float) -> int:
-        """Parameters of the model after the same ratio was cut from every width."""
-        hidden = int(walk.spec["hidden"])
-        width, offsets, total = self._width(hidden, ratio), walk.anatomy.norm == "layer", 0
-        first = hidden if walk.anatomy.same_ends else width
-        for index, block in enumerate(walk.blocks):
+    def planned(self, walk: Walk, widths: Sequence[int]) -> int:
+        """Parameters of the model after slicing to these widths: before each block, and after the last."""
+        offsets, total = walk.anatomy.norm == "layer", 0
+        for block, before, after in zip(walk.blocks, widths, widths[1:], strict=False):
             module: Any = block
-            before, after = (width if index else first), (hidden if index + 1 == len(walk.blocks) else width)
             parallel = module.layout == "parallel"
             middle = after if parallel else before
             for place, wide in (("attention", before), ("mlp", before if parallel else middle)):
@@ -176,21 +174,34 @@ class SliceGPT(WidthMethod):
             total += sum(p.numel() for n, p in module.named_parameters() if "q_norm" in n or "k_norm" in n)
         for path in walk.anatomy.embeddings:
             table: Any = walk.model.get_submodule(path)
-            total += table.num_embeddings * first
+            total += table.num_embeddings * widths[0]
         head: Any = walk.model.get_submodule(str(walk.anatomy.head))
-        return int(total + head.out_features * (hidden + int(offsets or head.bias is not None)))
+        return int(total + head.out_features * (widths[-1] + int(offsets or head.bias is not None)))
 
-    def _ratio_for_size(self, walk: Walk) -> float:
+    def _ratio_for_size(self, walk: Walk, shares: Callable[[float], Sequence[float]] | None) -> float:
+        """The smallest ratio, by width, whose model is within the target size."""
         assert self.target_size is not None
         goal = self.target_size * sum(p.numel() for p in walk.model.parameters())
-        hidden = int(walk.spec["hidden"])
-        for width in range(hidden // self.round * self.round, 0, -self.round):
-            if self.planned(walk, 1 - width / hidden) <= goal:
-                return 1 - width / hidden
-        raise BillhookError(
-            f"A target size of {self.target_size:g} cannot be reached by slicing: even the smallest width leaves more, "
-            "since the head keeps the whole hidden width."
-        )
+        count, hidden = len(walk.blocks), int(walk.spec["hidden"])
+
+        def size(ratio: float) -> int:
+            return self.planned(walk, self._widths(walk, shares(ratio) if shares is not None else [ratio] * count))
+
+        if shares is None or self.sharing == "uniform":
+            candidates = [1 - width / hidden for width in range(hidden // self.round * self.round, 0, -self.round)]
+            found = next((ratio for ratio in candidates if size(ratio) <= goal), None)
+        else:
+            low, high = 0.0, 1.0  # sizes fall with the mean, in steps
+            for _ in range(30):
+                mean = (low + high) / 2
+                low, high = (low, mean) if size(mean) <= goal else (mean, high)
+            found = high if high < 1 else None
+        if found is None:
+            raise BillhookError(
+                f"A target size of {self.target_size:g} cannot be reached by slicing: even the smallest width leaves "
+                "more, since the head keeps the whole hidden width."
+            )
+        return found
 
     def shares(self, walk: Walk, mean: float) -> list[float]:
         if self.sharing == "uniform" or mean == 0:
@@ -219,15 +230,19 @@ class SliceGPT(WidthMethod):
 
     def statistic(self, walk: Walk) -> type[Statistic[Tensor]]:
         """What is gathered of the stream at each place: the signal that `basis` reads."""
-        return Covariance if self.signal == "raw" else _normed(walk.spec["hidden"])
+        if self.signal == "raw":
+            return Covariance
+        return _normed(walk.spec["hidden"], centred=walk.anatomy.norm == "layer")
 
 
-def _normed(hidden: int) -> type[Covariance]:
+def _normed(hidden: int, centred: bool) -> type[Covariance]:
     class Normed(Covariance):
         """Of the stream as the norms pass it on: every token weighs the same."""
 
         def update(self, x: Tensor) -> None:
             wide = x.double()
+            if centred:
+                wide = wide - wide.mean(-1, keepdim=True)
             super().update(wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / hidden + 1e-12))
 
     return Normed
@@ -250,7 +265,19 @@ class DynamicSlicing(SliceGPT):
     cap: float = Field(0.9, gt=0, lt=1, description="Largest ratio of a block.")
 
     def shared(self, influence: list[float], mean: float) -> list[float]:
-        base = mean * 2 / 3 if self.base is None else self.base
-        if base > mean:
-            raise BillhookError(f"base={base:g} is more than the mean ratio {mean:g}: give at most that.")
+        base = mean * 2 / 3 if self.base is None else min(self.base, mean)
         return proportional([1 - s for s in influence], mean, base=base, cap=self.cap)
+
+    def check(self, walk: Walk) -> None:
+        if self.target_size is None and self.target_flops is None:
+            self._refuse_base_above(self.sparsity)
+        super().check(walk)
+
+    def ratios(self, walk: Walk) -> list[float]:
+        result = super().ratios(walk)
+        self._refuse_base_above(sum(result) / len(result))
+        return result
+
+    def _refuse_base_above(self, mean: float) -> None:
+        if self.base is not None and self.base > mean + 1e-9:
+            raise BillhookError(f"base={self.base:g} is more than the mean ratio {mean:.4g}: give at most that.")

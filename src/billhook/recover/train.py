@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.calibrate import distributed
 from billhook.errors import BillhookError
 from billhook.system import finite
 
@@ -191,6 +192,7 @@ class Loop:
         while True:
             value = self._gradients()
             gradients = [t.master.grad for t in self._trainables if t.master.grad is not None]
+            value = _mean_over_processes(value, gradients)
             if all(finite(gradient) for gradient in gradients):
                 break
             if self._scale <= 1:
@@ -293,3 +295,15 @@ def _rate(lr: float | Mapping[Any, float], group: Any) -> float:
     if not (math.isfinite(rate) and rate >= 0):
         raise BillhookError(f"The learning rate of the group {group!r} is {rate}: use a number from 0 up.")
     return rate
+
+
+def _mean_over_processes(value: float, gradients: list[Tensor]) -> float:
+    """Average loss and gradients, these in place: every process has data of its own."""
+    world = distributed.world()
+    if world == 1:
+        return value
+    total = gradients[0].new_tensor([value], dtype=torch.float32)
+    distributed.sum_([total, *gradients])
+    for gradient in gradients:
+        gradient.div_(world)
+    return float(total) / world
