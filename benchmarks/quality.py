@@ -3,12 +3,14 @@
     python benchmarks/quality.py --model DIR --wikitext DIR --out quality.json
 
 DIR with WikiText-2 raw as `benchmarks/protocol.py` reads it. Finished cells are kept in the JSON file, so a
-stopped run goes on. Prints the Markdown table that docs/benchmarks.md quotes.
+stopped run goes on, and several runs may share it; benchmarks/results/quality.json has those of the documentation.
+Prints the Markdown table that docs/benchmarks.md quotes: means over the seeds, ± half of their range.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ import protocol
 import billhook as bh
 from billhook.compare import steps_of
 from billhook.declared import split_outside
+from billhook.models.files import write_atomically
 from billhook.report.table import target_text
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt")
@@ -38,7 +41,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences per batch")
     arguments = parser.parse_args()
 
-    known: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    known: dict[str, Any] = {}
     _, tokenizer = bh.load(arguments.model, stream=True)
     windows = protocol.evaluation_tokens(tokenizer, arguments.wikitext)
 
@@ -47,21 +50,29 @@ def main() -> None:
     def key_of(method: str, target: str, seed: int) -> str:
         return f"{method} {target} {arguments.precision} {seed}{more}"
 
+    def read() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+        return found
+
     def measure(key: str, **run: Any) -> None:
+        known.update(read())
         if key in known:
             return
         model, _ = bh.load(arguments.model)
-        seconds, sparsity = 0.0, 0.0
+        seconds, sparsity, precision = 0.0, 0.0, ""
         if run:
             tokens = protocol.calibration_tokens(tokenizer, arguments.wikitext, arguments.samples, seed=run["seed"])
             start = time.perf_counter()
             steps = steps_of(run["method"], run["target"])
             report = bh.prune(model, steps, list(tokens.split(arguments.batch)), precision=arguments.precision)
             seconds, sparsity = time.perf_counter() - start, report.steps[-1].sparsity
+            precision = report.precision
         value = bh.perplexity(model, windows)
         parameters = sum(p.numel() for p in model.parameters())
-        known[key] = {**run, "perplexity": value, "sparsity": sparsity, "parameters": parameters, "seconds": seconds}
-        arguments.out.write_text(json.dumps(known, indent=1))
+        cell = {"perplexity": value, "sparsity": sparsity, "parameters": parameters, "seconds": round(seconds, 1)}
+        known.update(read())
+        known[key] = {**run, **cell, "precision": precision, "date": f"{datetime.date.today()}"}
+        write_atomically(arguments.out, [json.dumps(dict(sorted(known.items())), indent=1).encode()])
         print(f"{key}: perplexity {value:.4f}, sparsity {sparsity:.4f}, {seconds:.0f} s", flush=True)
 
     methods, targets = split_outside(arguments.methods, ","), arguments.targets.split(",")
@@ -70,8 +81,10 @@ def main() -> None:
     for seed in seeds:
         for target in targets:
             for method in methods:
-                if method == METHODS[0] and seed != seeds[0]:
+                if method in ("magnitude", "magnitude(scope=row)") and seed != seeds[0]:
                     continue  # reads no data
+                if ":" in target and "allocation" in method:
+                    continue  # N:M leaves no choice
                 measure(key_of(method, target, seed), method=method, target=target, seed=seed)
 
     print(f"\nDense: {known['dense']['perplexity']:.2f}\n")
@@ -81,6 +94,9 @@ def main() -> None:
         cells = []
         for target in targets:
             values = [known[key]["perplexity"] for seed in seeds if (key := key_of(method, target, seed)) in known]
+            if not values:
+                cells.append("")
+                continue
             mean = sum(values) / len(values)
             spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
             cells.append(f"{mean:,.2f}{spread}")

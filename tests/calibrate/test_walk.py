@@ -420,11 +420,3 @@ def test_bf16_products_change_masks_only_at_near_ties() -> None:
     for key, value in weights_of(one).items():
         assert ((value == 0) == (weights_of(two)[key] == 0)).float().mean() > 0.97, key
         assert value.dtype == torch.float32
-
-
-def test_padding_is_said_to_be_counted() -> None:
-    ids = batches_for("llama", count=1)[0]
-    mask = torch.ones_like(ids)
-    assert not Walk(build("llama"), [{"input_ids": ids, "attention_mask": mask}]).notes
-    mask[0, -3:] = 0
-    assert "padding" in Walk(build("llama"), [{"input_ids": ids, "attention_mask": mask}]).notes[0]

@@ -578,6 +578,8 @@ class TestRefusals:
         model = net()
         with pytest.raises(BillhookError, match="BiP has no step to learn the mask in: 2 steps are too few"):
             bh.BiP().attach(model, sgd(model), 2)
+        with pytest.raises(BillhookError, match="BiP has no step to learn the mask in: 3 steps are too few"):
+            bh.BiP().attach(model, sgd(model), 3)  # one step at the end, where the scores' rate is zero
         bh.BiP().attach(model, sgd(model), STEPS).detach()  # the failed attach let go of the model
 
     def test_options(self) -> None:

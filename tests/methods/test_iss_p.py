@@ -212,3 +212,12 @@ def test_n_of_m_goes_along_the_inputs_whichever_axis_they_are() -> None:
         pruner.step()
     for rows in (model[0].weight, model[1].weight.T):  # [out, in]
         assert bool((rows.reshape(-1, 4).count_nonzero(1) == 2).all())
+
+
+def test_a_factor_that_rounds_to_one_is_refused() -> None:
+    model = nn.Linear(40, 40).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(BillhookError, match=r"shrink=0\.999 rounds to 1 in bfloat16, the dtype of weight"):
+        bh.ISSP(sparsity=0.9, shrink=0.999).attach(model, optimizer, 10)
+    bh.ISSP(sparsity=0.9, shrink=0.99).attach(model, optimizer, 10).detach()
+    bh.ISSP(sparsity=0.9, shrink=1).attach(model, optimizer, 10).detach()  # one-shot is meant

@@ -19,9 +19,9 @@ from billhook.calibrate.influence import block_influence
 from billhook.calibrate.walk import Walk
 from billhook.export.folder import assemble
 from billhook.run import reshape
-from billhook.surgery import rotate
+from billhook.surgery import rotate, shrink
 from billhook.surgery.modeling_slim import SlimNorm
-from billhook.surgery.slim import slim_
+from billhook.surgery.slim import refresh, slim_
 from tiny import FAMILIES, TEXT_FAMILIES, batches_for, build, tiny_tokenizer
 
 SLICED = [f for f in TEXT_FAMILIES if f not in ("gemma2", "gemma3_text")]
@@ -224,6 +224,36 @@ def test_a_parallel_block_without_mlp_is_sliced_like_a_sequential_one() -> None:
     assert len(read[0]) == 3
     for one, other in zip(*read, strict=True):
         assert relative(one, other) < 1e-8
+
+
+def emptied(family: str) -> Any:
+    """A slim model whose first block has no MLP, the second no attention, the third neither."""
+    model = scaled(family).double()
+    slim_(model)
+    first, second, third = find_blocks(model, anatomy_of(model))
+    for block in (first, third):
+        shrink.drop_mlp_(block)
+    for block in (second, third):
+        shrink.drop_attention_(block)
+    refresh(model)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+def test_blocks_that_lost_their_parts_are_sliced_too(family: str) -> None:
+    """With nothing cut, exactly; with the width cut, to a model that has the planned size."""
+    ids = batches_for(family)[0]
+    model = emptied(family)
+    want = logits(model, ids)
+    bh.prune(model, bh.method("slicegpt", sparsity=0), batches_for(family), precision="highest")
+    assert relative(logits(model, ids), want) < 1e-6  # stock RMSNorms compute in float32
+    model = emptied(family)
+    method = bh.SliceGPT(sparsity=0.25)
+    walk = Walk(model, batches_for(family))
+    planned = method.planned(walk, method._widths(walk, [0.25] * 3))
+    bh.prune(model, method, batches_for(family), precision="highest")
+    assert sum(p.numel() for p in model.parameters()) == planned
+    assert bool(torch.isfinite(logits(model, ids)).all())
 
 
 def opt(hidden: int, heads: int) -> tuple[Any, dict[str, Any]]:

@@ -52,6 +52,13 @@ def test_order_does_not_matter() -> None:
             assert all(torch.allclose(moved[n], first[n], atol=1e-6) for n in ("w", "b"))
 
 
+@pytest.mark.parametrize("shares", [[0.0, 1.0], [1.0, 0.0]])
+def test_a_network_of_no_share_has_no_say(shares: list[float]) -> None:
+    good, bad = {"w": torch.ones(3)}, {"w": torch.full((3,), float("nan"))}
+    states = [good, bad] if shares[0] else [bad, good]
+    assert torch.equal(merge_state_dicts(states, shares)["w"], torch.ones(3))
+
+
 def test_low_precision_is_averaged_in_high() -> None:
     given = states(4, torch.bfloat16)
     merged = merge_state_dicts(given)["w"]

@@ -40,6 +40,10 @@ def test_proportional_counts(present: int, part: float, fraction: float) -> None
         assert after == before - math.ceil(round(fraction * before, 6))
 
 
+def test_a_round_removes_one_weight_at_least() -> None:
+    assert proportional(10, 7, 1e-9) == [10, 9, 8, 7]
+
+
 def test_counts_in_rounds() -> None:
     assert in_rounds(10_000, 200, 3) == [10_000, 2714, 737, 200]
     assert in_rounds(10_000, 1000, 3) == [10_000, 4642, 2154, 1000]
@@ -50,7 +54,10 @@ def test_counts_in_rounds() -> None:
 
 def test_selection_is_a_sort_with_ties() -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = {"a": torch.randint(-3, 4, (5, 6), generator=generator).float(), "b": torch.randn(4, 5)}
+    weights = {
+        "a": torch.randint(-3, 4, (5, 6), generator=generator).float(),
+        "b": torch.randn(4, 5, generator=generator),
+    }
     weights["b"] = (weights["b"] * 2).round()
     masks = {n: torch.rand(w.shape, generator=generator) > 0.2 for n, w in weights.items()}
     present = torch.cat([m.flatten() for m in masks.values()])

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import ModelOutput
 
 from billhook.calibrate.capture import Batch
+from billhook.calibrate.padding import IGNORED, next_tokens
 from billhook.errors import BillhookError, nearest
 from billhook.system import finite
 
@@ -184,12 +185,8 @@ def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
     ids = inputs["input_ids"]
     if ids.ndim != 2:
         raise BillhookError(f"Token ids of shape {list(ids.shape)} are no batch of sequences: give [S, T].")
-    targets = ids[:, 1:]
-    mask = inputs.get("attention_mask")
-    if mask is not None:
-        # What follows a pad is predicted from nothing.
-        targets = targets.masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100)
-    counts = (targets != -100).sum(1)
+    targets = next_tokens(ids, inputs.get("attention_mask"))
+    counts = (targets != IGNORED).sum(1)
     if not targets.shape[1] or bool((counts == 0).any()):
         raise BillhookError("A sequence has no next token to predict: give sequences of at least two tokens.")
     output = model(**inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -30,16 +32,23 @@ def _measured(walk: Walk) -> list[float]:
             handle.remove()
         total = torch.zeros(2, dtype=torch.float64, device=look.device)
         sums.append(total)
-
-        def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, into: Tensor = total):  # type: ignore[no-untyped-def]
-            before = (args[0] if args else kwargs["hidden_states"]).float()
-            after = (output[0] if isinstance(output, tuple) else output).float()
-            cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1, eps=1e-8)
-            into += torch.tensor([float(cosine.double().sum()), cosine.numel()], device=into.device)
-
-        handle = block.module.register_forward_hook(listen, with_kwargs=True)
+        handle = block.module.register_forward_hook(_listener(look, total), with_kwargs=True)
     if handle is not None:
         handle.remove()
     look.close()
     distributed.sum_(sums)
     return [1.0 - float(total[0] / total[1]) for total in sums]
+
+
+def _listener(look: Walk, into: Tensor) -> Callable[..., None]:
+    """Adds up [sum of cosines, tokens] as the block is called with one batch after the other."""
+    turns = count()
+
+    def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        batch = next(turns)
+        before = look.rows(batch, args[0] if args else kwargs["hidden_states"]).float()
+        after = look.rows(batch, output[0] if isinstance(output, tuple) else output).float()
+        cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1, eps=1e-8)
+        into.add_(torch.tensor([float(cosine.double().sum()), cosine.numel()], device=into.device))
+
+    return listen

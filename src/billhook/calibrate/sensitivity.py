@@ -16,6 +16,7 @@ from billhook.anatomy import Site
 from billhook.calibrate import distributed
 from billhook.calibrate.capture import Batch, Capture, feed
 from billhook.calibrate.fisher import refuse_non_causal
+from billhook.calibrate.padding import IGNORED, next_tokens
 from billhook.calibrate.walk import Walk
 from billhook.errors import BillhookError
 from billhook.models.source import Resident
@@ -42,10 +43,11 @@ def task_loss(output: Any, batch: Batch) -> Tensor:
         raise BillhookError(
             "Ranking matrices needs a loss: give batches of token ids, or with 'labels' of a classifier."
         )
+    targets = next_tokens(ids, None if isinstance(batch, Tensor) else batch.get("attention_mask")).to(logits.device)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for row, target in zip(logits[:, :-1], ids[:, 1:].to(logits.device), strict=True):
+    for row, target in zip(logits[:, :-1], targets, strict=True):
         total = total + nn.functional.cross_entropy(row.float(), target, reduction="sum").double()
-    return total / ids[:, 1:].numel()
+    return total / (targets != IGNORED).sum().clamp(min=1)
 
 
 def shortened(batches: Iterable[Batch], samples: int, length: int, batch: int) -> list[Batch]:

@@ -13,6 +13,8 @@ from billhook.calibrate import distributed
 
 R = TypeVar("R")
 
+_ROWS = 256  # tokens at a time: their copies in float32 then stay in the processor's cache
+
 
 class Statistic(ABC, Generic[R]):
     """Accumulates over tokens; sums across processes; then gives its result.
@@ -46,8 +48,9 @@ class ColumnNorm(Statistic[Tensor]):
         self.sums = [self.square_sum]
 
     def update(self, x: Tensor) -> None:
-        x = x.float()
-        self.square_sum += (x * x).sum(dim=0)  # vector_norm along this dimension is ten times slower
+        for rows in torch.split(x, _ROWS):
+            rows = rows.float()
+            self.square_sum += (rows * rows).sum(dim=0)  # vector_norm along this dimension is ten times slower
 
     def result(self) -> Tensor:
         return self.square_sum.sqrt()

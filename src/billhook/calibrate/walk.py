@@ -31,6 +31,7 @@ from billhook.calibrate import distributed
 from billhook.calibrate.activations import Activations
 from billhook.calibrate.capture import Batch, Capture, Stop, inference, quiet, surroundings
 from billhook.calibrate.journal import Journal, block_tensors
+from billhook.calibrate.padding import real_tokens, rows, sequences
 from billhook.calibrate.precision import Precision, forward_precision, has_bf16, resolve, statistics_precision
 from billhook.calibrate.statistics import Statistic
 from billhook.errors import BillhookError
@@ -47,7 +48,6 @@ log = logging.getLogger("billhook")
 R = TypeVar("R")
 Needs = Literal["calibration", "nothing", "forward"]
 
-_ONE = torch.ones(1)
 _PROBE_ROWS = 256
 State = Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
 
@@ -160,8 +160,12 @@ class Block:
         return result
 
     def between(self, statistic: type[Statistic[R]], *, hold: Sequence[Site] = ()) -> R:
-        """One pass; the statistic of the residual stream between attention and MLP of a slim block; `hold` as above."""
-        return self._stream(statistic, self.module.get_submodule("post_attention_layernorm"), hold)
+        """One pass; the statistic of the residual stream between attention and MLP of a slim block; `hold` as above.
+
+        Where an earlier step removed the MLP, that is what leaves the block.
+        """
+        at = self.module.get_submodule("post_attention_layernorm") if self.module.mlp is not None else None
+        return self._stream(statistic, at, hold)
 
     def leaving(self, statistic: type[Statistic[R]]) -> R:
         """One pass; the statistic of the residual stream that leaves the block, which is kept for `turn`."""
@@ -182,7 +186,7 @@ class Block:
             if not found:
                 found.append(statistic(x.shape[-1], x.device))
             with torch.autocast(x.device.type, enabled=False):
-                found[0].update(x.reshape(-1, x.shape[-1]))
+                found[0].update(self._walk.rows(batch, x))
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             feed(args[0])
@@ -263,6 +267,7 @@ class Block:
         read: dict[int, tuple[Tensor, Site]] = {}  # inputs of this batch by identity; the tensor is kept alive
         missing = set(wanted)
         whole_pass = batch == 0 and self._dense_output is None
+        real = self._walk.real[batch]
         handles = []
 
         def listen(site: Site) -> Any:
@@ -271,8 +276,8 @@ class Block:
                 leader = read.setdefault(id(x), (x, site))[1]
                 with statistics_precision(self._walk.precision, x.device):
                     for kind, statistics in gathering.items():
-                        _feed(kind, statistics, site, leader, x)
-                self._probe(site, x.reshape(-1, x.shape[-1]))
+                        _feed(kind, statistics, site, leader, x, real)
+                self._probe(site, rows(x, real))
                 missing.discard(site)
                 if not missing and not whole_pass:
                     raise Stop
@@ -318,7 +323,7 @@ class Block:
 
         def listen(site: Site) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                self._probe(site, args[0].reshape(-1, args[0].shape[-1]))
+                self._probe(site, self._walk.rows(0, args[0]))
                 read.add(site)
 
             return hook
@@ -446,12 +451,8 @@ class Walk:
         if self.source.streams and journal is None and needs != "forward":
             raise BillhookError("This model is streamed from disk, so its result needs a folder: give out=.")
         own = list(batches)[distributed.rank() :: distributed.world()] if shared is None else list(shared)
-        if any(not isinstance(b, Tensor) and bool((b.get("attention_mask", _ONE) == 0).any()) for b in own):
-            self.notes.append(
-                "Some calibration sequences are padded, and padding was counted like tokens: sequences of full length "
-                "calibrate better."
-            )
         self.batches: list[Batch] = own[:1] if needs == "nothing" else own
+        self.real = [real_tokens(batch) for batch in self.batches]  # where a batch has padding: what is none, [b, t]
         self.inputs: Activations = Activations(0, self.device)
         self._scratch: Path | None = None
         self._as_tuple = False
@@ -484,6 +485,10 @@ class Walk:
         hidden = output[0] if isinstance(output, tuple) else output
         assert isinstance(hidden, Tensor)
         return hidden
+
+    def rows(self, batch: int, x: Tensor) -> Tensor:
+        """The tokens of an activation of one batch, [b, t, width], as rows [tokens, width] without padding."""
+        return rows(x, self.real[batch])
 
     def holds(self, width: int) -> bool:
         """Whether activations of this width are few enough to be kept in memory from one pass to the next.
@@ -635,7 +640,7 @@ class Walk:
                 look._begin(0)
                 found = statistic(look.inputs[0].shape[-1], look.device)
                 for batch in range(len(look.inputs)):
-                    found.update(look.inputs[batch].reshape(-1, found.width))
+                    found.update(look.rows(batch, look.inputs[batch]))
         finally:
             look.close()
         distributed.sum_(found.sums)
@@ -944,7 +949,12 @@ def walk(model: nn.Module, batches: Sequence[Batch] = (), **options: Any) -> Wal
 
 
 def _feed(
-    kind: type[Statistic[Any]], statistics: dict[Site, Statistic[Any]], site: Site, leader: Site, x: Tensor
+    kind: type[Statistic[Any]],
+    statistics: dict[Site, Statistic[Any]],
+    site: Site,
+    leader: Site,
+    x: Tensor,
+    real: Tensor | None,
 ) -> None:
     """Add an input that `leader` was the first to read to the statistic of `site`, once for all that share it."""
     if leader is not site and site not in statistics:
@@ -954,10 +964,8 @@ def _feed(
         return
     if site not in statistics:
         statistics[site] = kind(x.shape[-1], x.device)
-    if kind.per_sequence:
-        statistics[site].update(x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1]))
-    else:
-        statistics[site].update(x.reshape(-1, x.shape[-1]))
+    for part in sequences(x, real) if kind.per_sequence else [rows(x, real)]:
+        statistics[site].update(part)
 
 
 def _tokens(batch: Batch, anatomy: Anatomy) -> int:

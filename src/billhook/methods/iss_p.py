@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from billhook.declared import Paper
+from billhook.errors import BillhookError
 from billhook.sparsity.patterns import parse_pattern
 from billhook.sparsity.select import keep_n_of_m
 from billhook.training.masks import keep_in_layer
@@ -53,6 +54,16 @@ class ISSP(SparseTraining):
     def _known(cls, text: str) -> str:
         parse_pattern(text)
         return text
+
+    def begin(self, pruner: Pruner) -> None:
+        for name, weight in pruner.weights.items():
+            if self.shrink < 1 and float(torch.tensor(self.shrink, dtype=weight.dtype)) == 1:
+                raise BillhookError(
+                    f"shrink={self.shrink:g} rounds to 1 in {str(weight.dtype).removeprefix('torch.')}, the dtype of "
+                    f"{name}, so nothing would shrink: train in float32, under autocast where speed matters, or give a "
+                    "smaller factor."
+                )
+        super().begin(pruner)
 
     def due(self, step: int, total_steps: int) -> bool:
         return step == self.last(total_steps)

@@ -122,11 +122,11 @@ class PERP(Method):
         for block in walk:
             walk.targets |= {site.name: _sparsity(site) for site in block.sites}
             with walk.original(block):
-                targets = [walk.forward(block, batch) for batch in range(len(walk.inputs))]
+                targets = [walk.rows(batch, walk.forward(block, batch)) for batch in range(len(walk.inputs))]
             adapters = self._attach(block.sites, block.index) if "adapters" in self.chosen(block.module) else []
             with _merged(adapters):
                 reconstruct(
-                    lambda batch, b=block: walk.call(b, batch),  # type: ignore[misc]
+                    lambda batch, b=block: walk.rows(batch, walk.call(b, batch)),  # type: ignore[misc]
                     block.module,
                     parameters_of(block.module, self.chosen(block.module)),
                     targets,

@@ -61,10 +61,10 @@ class SliceGPT(WidthMethod):
         basis = self.basis(self.centred(walk.entering(self.statistic(walk)), centre), widths[0])
         walk.entry = first = centre @ basis
         walk.carry = {"basis": basis}
+        like = torch.empty(0, dtype=walk.dtype, device=walk.device)
 
         for block in walk:
             module: Any = block.module
-            like = module.mlp.down_proj.weight if module.mlp is not None else module.self_attn.o_proj.weight
             before = walk.carry["basis"]
             after = widths[block.index + 1]
             last = block.index + 1 == len(walk.blocks)
@@ -72,7 +72,7 @@ class SliceGPT(WidthMethod):
             for place in ("attention", "mlp") if module.layout == "parallel" else ("attention",):
                 for reader in rotate.readers(module, place):
                     rotate.rotate_input_(reader, before)
-            self._reach(module, before, hidden)
+            self._reach(module, before, like)
             if module.layout == "parallel":
                 out = self._turn(block.leaving(self.statistic(walk)), after, last, hidden)
                 for writer in rotate.writers(module):
@@ -217,9 +217,9 @@ class SliceGPT(WidthMethod):
             return torch.eye(hidden, dtype=torch.float64, device=signal.device)
         return self.basis(signal, width)
 
-    def _reach(self, module: Any, before: Tensor, hidden: int) -> None:
+    def _reach(self, module: Any, before: Tensor, like: Tensor) -> None:
         """While its outputs are not turned, the block leads from the sliced stream to the original basis."""
-        like = next(module.parameters())
+        hidden = len(before)
         module.attention_adapter = rotate.adapter(before.T, like)
         module.mlp_adapter = None
         module.stream = (before.shape[1], hidden, hidden)

@@ -146,7 +146,7 @@ class _Phases(SeveralRuns):
         runs.load(before)
         there, whole = runs.active, _norm(runs.model)
         runs.prune(phase)
-        damage = abs(whole**2 - _norm(runs.model) ** 2) ** 0.5 / whole
+        damage = abs(whole**2 - _norm(runs.model) ** 2) ** 0.5 / (whole or 1.0)
         masks = runs.masks
         stretches = self.stretches(damage, 1 - runs.active / there)
         for j, (name, stretch) in enumerate(zip(candidates, stretches, strict=True)):

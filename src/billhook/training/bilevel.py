@@ -117,7 +117,9 @@ class BiLevel(SparseTraining):
         return chosen
 
     def begin(self, pruner: Pruner) -> None:
-        if self.sparsity and self.mask_rate and self.last(pruner.total_steps) < 1:
+        last = self.last(pruner.total_steps)  # where the rate of the scores has come down to zero
+        learns = any(self.upper(step) for step in range(1, last))
+        if self.sparsity and self.mask_rate and not learns:
             raise BillhookError(
                 f"{self.title} has no step to learn the mask in: {pruner.total_steps} steps are too few, or the mask "
                 "is frozen too early."

@@ -58,15 +58,15 @@ def merge_state_dicts(
         if not first.is_floating_point():
             merged[name] = first.clone()
             continue
-        total = first.to(torch.float32 if first.device.type == "mps" else torch.float64) * shares[0]
-        for j, (share, state) in enumerate(zip(shares[1:], states[1:], strict=True), 1):
+        total = torch.zeros_like(first, dtype=torch.float32 if first.device.type == "mps" else torch.float64)
+        for j, (share, state) in enumerate(zip(shares, states, strict=True)):
             tensor = state[name]
             if tensor.shape != first.shape:
                 raise BillhookError(
                     f"{name} has shape {list(tensor.shape)} in network {j} and {list(first.shape)} in the first: only "
                     "networks of equal shapes have an average."
                 )
-            if share:
+            if share:  # what is not finite in a network of no share does not count
                 total.add_(tensor.to(total), alpha=share)
         if masks is not None and name in masks[0]:
             total.mul_(masks[0][name].to(total.device))

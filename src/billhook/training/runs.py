@@ -365,7 +365,7 @@ def proportional(present: int, left: int, fraction: float) -> list[int]:
     """Weights after each round that removes ⌈fraction · n⌉ of n, but never goes below `left`."""
     counts = [present]
     while counts[-1] > left:
-        counts.append(max(counts[-1] - math.ceil(round(fraction * counts[-1], 6)), left))
+        counts.append(max(counts[-1] - max(1, math.ceil(round(fraction * counts[-1], 6))), left))
     return counts
 
 
