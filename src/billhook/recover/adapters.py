@@ -63,25 +63,28 @@ class LowRank(nn.Module):
         # Autocast would round the product to 16 bits, and with it the small steps of a training.
         with torch.autocast(weight.device.type, enabled=False):
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            product = self.b @ self.a
             if self.kind == "scale_lora":
-                return wide * product
+                return wide * (self.b @ self.a)
             if self.kind == "scale_lora_full":
-                return wide * (1.0 + product)
-            return wide + self.scaling * (self._masked(product) if self.kind == "mask_lora" else product)
+                return wide * (1.0 + self.b @ self.a)
+            return self._added(wide, masked=self.kind == "mask_lora")
 
     def merged(self, weight: Tensor) -> Tensor:
         """The weight to keep after training for a W [out, in], in float32 (float64 for a float64 W)."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.kind == "lora_prune":
             with torch.autocast(weight.device.type, enabled=False):
-                return wide + self.scaling * self._masked(self.b @ self.a)
+                return self._added(wide, masked=True)
         if self.kind == "scale_lora" and self._untrained():
             return wide  # r · (1/√r)² is 1 only up to rounding
         return self.effective(weight)
 
-    def _masked(self, product: Tensor) -> Tensor:
-        return product if self.keep is None else torch.where(self.keep, product, 0.0)
+    def _added(self, wide: Tensor, masked: bool) -> Tensor:
+        """W + s · M ∘ (B A), or without M, in as few passes over matrices of W's size as can be."""
+        product = (self.scaling * self.b) @ self.a
+        if masked and self.keep is not None:
+            product = torch.where(self.keep, product, 0.0)
+        return wide + product  # of the layout of W
 
     def _untrained(self) -> bool:
         start = _symmetric_start(len(self.a))
