@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.anatomy import Site
+from billhook.anatomy import Site, anatomy_of, sites_of
 from billhook.calibrate.fisher import LayerGradients, SampleGradients, next_token_losses
 from billhook.calibrate.walk import Walk
 from billhook.methods.icbs import Search, _parse_budget
@@ -211,6 +211,38 @@ def test_works_on_a_classifier_with_labels() -> None:
     batches = [{"pixel_values": p, "labels": torch.randint(count, (len(p),), generator=generator)} for p in pixels]
     report = bh.prune(model, bh.ICBS(**SMALL | {"budget": "3 steps"}), batches)
     assert report.steps[0].sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_memory_of_the_search_is_bounded_as_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that outlives a step, and what is captured in one; 30 steps hold no more than the formula says."""
+    captured: list[int] = []
+    held: list[list[int]] = []
+    inner = Search.step
+
+    def step(self: Any, sites: Any, gradients: Any) -> float:
+        value = inner(self, sites, gradients)
+        tensors = {id(x): x for layer in gradients.layers.values() for call in layer.calls for x in call}
+        captured.append(sum(x.numel() * x.element_size() for x in tensors.values()))
+        layers = self.layers.values()
+        held.append(
+            [
+                sum(t.numel() * t.element_size() for t in self.dense.values()),
+                sum(layer.pruned.numel() + layer.free.numel() for layer in layers)
+                + sum(m.numel() * m.element_size() for m in self.best.values())
+                + sum(w.numel() * w.element_size() for layer in layers for w in layer.waiting),
+            ]
+        )
+        return value
+
+    monkeypatch.setattr(Search, "step", step)
+    model = build("llama")
+    options = bh.ICBS(sparsity=0.5, budget="30 steps", variables=64, blocks_per_step=4, sequences=2, tokens=16)
+    bh.prune(model, options, batches_for("llama"))
+    sites = [site for block in sites_of(model, anatomy_of(model)) for site in block]
+    prunable, widest = sum(site.numel for site in sites), max(sum(site.shape) for site in sites)
+    assert max(captured) <= 4 * 4 * 2 * 16 * widest
+    assert max(dense for dense, _ in held) == 4 * prunable
+    assert max(rest for _, rest in held) <= (4 + 8 * options.tabu) * prunable
 
 
 def test_same_seed_same_mask() -> None:

@@ -39,6 +39,19 @@ _FEWEST = 16  # tabu is ignored where it would leave fewer candidates than 1/16 
 
 @register("icbs")
 class ICBS(SparseMethod):
+    """Iterative combinatorial brain surgeon.
+
+    Memory in bytes, for a model of P parameters of b bytes each, N of them prunable, whose largest matrix is in × out:
+
+        (P + N) b                   the model, and the dense weights of what is pruned
+        4 N + 8 · tabu · N          masks (which are pruned now, at best, and take part; a copy), waiting blocks
+        4 B S T (in + out)          what B matrices read and got back in a step of S sequences of T tokens
+        24 in · out + 8 n² + 4 S n  ranking one matrix, and the problem of n variables
+
+    at most, and what a backward pass of S · T tokens keeps. B is `blocks_per_step`, S `sequences`, T `tokens`, n
+    `variables`; none of it grows with the budget or with the calibration data beyond the token ids.
+    """
+
     title = "iCBS"
     paper = Paper(
         "Scalable iterative pruning of large language and vision models using block coordinate descent",
