@@ -12,11 +12,11 @@ from billhook.record import Size
 
 
 def folder_size(folder: Path) -> Size:
-    """Counted over the weight files of a model folder, one tensor in memory at a time."""
+    """Counted over the weight files of a model folder, one tensor mapped into memory at a time."""
     checkpoint = Checkpoint.open(folder)
     parameters = nonzero = 0
     for tensor in checkpoint.tensors.values():
-        value = tensor.read()
+        value = tensor.map()
         parameters += value.numel()
         nonzero += int(torch.count_nonzero(value))
     return Size(parameters=parameters, nonzero=nonzero, bytes=sum(f.stat().st_size for f in checkpoint.files))
