@@ -23,6 +23,7 @@ from billhook.compare import steps_of
 from billhook.declared import split_outside
 from billhook.models.files import write_atomically
 from billhook.report.table import target_text
+from billhook.run import Options, run_steps
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt")
 TARGETS = ("0.5", "0.6", "0.7", "2:4", "4:8")
@@ -42,6 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     known: dict[str, Any] = {}
+    looks: dict[int, dict[str, dict[str, float]]] = {}  # by calibration draw: what cells need not find anew
     _, tokenizer = bh.load(arguments.model, stream=True)
     windows = protocol.evaluation_tokens(tokenizer, arguments.wikitext)
 
@@ -64,9 +66,10 @@ def main() -> None:
             tokens = protocol.calibration_tokens(tokenizer, arguments.wikitext, arguments.samples, seed=run["seed"])
             start = time.perf_counter()
             steps = steps_of(run["method"], run["target"])
-            report = bh.prune(model, steps, list(tokens.split(arguments.batch)), precision=arguments.precision)
-            seconds, sparsity = time.perf_counter() - start, report.steps[-1].sparsity
-            precision = report.precision
+            options = Options(precision=arguments.precision, looks=looks.setdefault(run["seed"], {}))
+            records, _ = run_steps(model, steps, list(tokens.split(arguments.batch)), None, options)
+            seconds, sparsity = time.perf_counter() - start, records[-1].sparsity
+            precision = records[0].precision
         value = bh.perplexity(model, windows)
         parameters = sum(p.numel() for p in model.parameters())
         cell = {"perplexity": value, "sparsity": sparsity, "parameters": parameters, "seconds": round(seconds, 1)}

@@ -73,6 +73,7 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
         device=parse_device(job.device),
         precision=job.precision,
         max_memory=parse_bytes(job.max_memory) if job.max_memory else None,
+        looks={},
     )
     model, tokenizer = load(job.model, dtype=parse_dtype(job.dtype), stream=True)
     refuse_source(model, target_folder)

@@ -48,6 +48,7 @@ class Options:
     device: torch.device | str | None = None
     precision: Precision = "auto"
     max_memory: int | None = None
+    looks: dict[str, dict[str, float]] | None = None  # shared by runs over one model and the same data
 
 
 def prune(
@@ -211,6 +212,7 @@ def run_steps(
             label=method.name,
         )
         walk.originals = originals if number > 1 else None
+        walk.looks = options.looks if number == 1 else None  # later steps see another model
         method.check(walk)
         if method.finishes_outside or not walk.replayed():
             method.prune(walk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 import billhook as bh
 from billhook.calibrate.sensitivity import FirstOrder, GroupBy, Tail, first_order, shortened, task_loss, zeroth_order
 from billhook.calibrate.walk import Walk
+from billhook.run import Options, run_steps
+from billhook.sparsity import allocations, ecoflap
 from billhook.sparsity.allocations import ALLOCATIONS, proportional_keep
 from billhook.sparsity.select import budget
 from tiny import batches_for, build, site_weights, weights_of
@@ -393,6 +396,36 @@ def test_owl_follows_the_outliers() -> None:
     asked = {site.block: site.asked for site in report.steps[0].sites}
     assert asked[1] < 0.6 < asked[0]
     assert max(asked.values()) - min(asked.values()) == pytest.approx(0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["owl", "ecoflap", "ecoflap(score=grad)"])
+def test_runs_that_share_looks_find_the_same_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sparsities of one comparison; a second step sees another model, and another option is another look."""
+    made: list[str] = []
+    for owner, function in ((allocations.OWL, "_outliers"), (ecoflap.ECoFLaP, "_scores")):
+        inner: Any = getattr(owner, function)
+
+        def counted(self: Any, walk: Walk, inner: Any = inner) -> dict[str, float]:
+            made.append("look")
+            found: dict[str, float] = inner(self, walk)
+            return found
+
+        monkeypatch.setattr(owner, function, counted)
+    looks: dict[str, dict[str, float]] = {}
+    masks = []
+    for options in (Options(looks=looks), Options()):
+        for sparsity in (0.5, 0.6):
+            model = build("llama")
+            run_steps(model, [bh.Wanda(sparsity=sparsity, allocation=name)], batches_for("llama"), None, options)
+            masks.append(site_weights(model))
+    assert len(made) == 1 + 2
+    for shared, alone in zip(masks[:2], masks[2:], strict=True):
+        assert all(torch.equal(weight, alone[key]) for key, weight in shared.items())
+    steps = [bh.Magnitude(sparsity=0.3), bh.Wanda(sparsity=0.5, allocation=name)]
+    run_steps(build("llama"), steps, batches_for("llama"), None, Options(looks=looks))
+    other = name.removesuffix(")") + ("," if "(" in name else "(") + ("multiple=3)" if "owl" in name else "samples=1)")
+    run_steps(build("llama"), [bh.Wanda(allocation=other)], batches_for("llama"), None, Options(looks=looks))
+    assert len(made) == 1 + 2 + 2
 
 
 def test_uniform_is_the_method_alone() -> None:

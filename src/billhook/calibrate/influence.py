@@ -19,7 +19,7 @@ def block_influence(walk: Walk) -> list[float]:
     One dense pass over the model. (ShortGPT's block influence; 1 minus it is the layer redundancy of Dynamic Slicing.
     Outputs are taken at the block, before the final norm.)
     """
-    found = walk.remembered("influence", lambda: {str(i): v for i, v in enumerate(_measured(walk))})
+    found = walk.looked("influence", lambda: {str(i): v for i, v in enumerate(_measured(walk))})
     return [found[str(i)] for i in range(len(found))]
 
 

@@ -418,6 +418,7 @@ class Walk:
         self.targets: dict[str, float] = {}  # site name -> sparsity asked; set by the method, for the record
         self.companions: list[type[Statistic[Any]]] = []  # gathered in every collecting pass besides what is asked
         self.notes: list[str] = []  # what the user should know of how it went
+        self.looks: dict[str, dict[str, float]] | None = None  # what other runs over the same model and data found
         self.originals: Callable[[str], Tensor] | None = None  # parameters before the run's first step, by full name
         self.entry: Tensor | None = None  # what the first block's inputs are multiplied by, [hidden, width]
         self.carry: dict[str, Tensor] = {}  # what a method hands from one block to the next, kept with the block
@@ -499,6 +500,19 @@ class Walk:
             return False
         tokens = sum(self.inputs[batch][..., 0].numel() for batch in range(len(self.inputs)))
         return tokens * width * self.dtype.itemsize <= _HELD
+
+    def looked(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Like `remembered`, for what the model and the data alone decide: runs that share `looks` compute it once."""
+        key = f"{name} {self.precision}"
+
+        def once() -> dict[str, float]:
+            if self.looks is None:
+                return make()
+            if key not in self.looks:
+                self.looks[key] = make()
+            return self.looks[key]
+
+        return self.remembered(name, once)
 
     def remembered(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """`make()`, computed once per run: a resumed walk reads what the killed one found."""

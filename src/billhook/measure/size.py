@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from billhook.models.checkpoint import Checkpoint
+from billhook.models.files import Stored
 from billhook.record import Size
 
 
@@ -16,7 +17,7 @@ def folder_size(folder: Path) -> Size:
     checkpoint = Checkpoint.open(folder)
     parameters = nonzero = 0
     for tensor in checkpoint.tensors.values():
-        value = tensor.map()
+        value = tensor.map() if isinstance(tensor, Stored) else tensor.read()
         parameters += value.numel()
         nonzero += int(torch.count_nonzero(value))
     return Size(parameters=parameters, nonzero=nonzero, bytes=sum(f.stat().st_size for f in checkpoint.files))

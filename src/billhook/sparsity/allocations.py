@@ -159,16 +159,21 @@ class OWL(Allocation):
 
     def shares(self, walk: Walk, sparsity: float) -> dict[str, float]:
         """Density of block b: linear in its share of outliers, spread over ±limit, mean 1 − sparsity (section 3.2)."""
-        outliers: list[float] = []
+        found = walk.looked(f"outliers-{self.multiple:g}", lambda: self._outliers(walk))
+        return owl_shares([found[name] for name in walk.names], walk, sparsity, self.limit)
+
+    def _outliers(self, walk: Walk) -> dict[str, float]:
+        """The share of outliers among the weights of each block, by its name."""
+        outliers: dict[str, float] = {}
         look = walk.dense()
         for block in look:
             norms = block.collect(ColumnNorm)
             scores = [wanda(site.weight, norms[site]) for site in block.sites]
             count = sum(s.numel() for s in scores)
             bound = self.multiple * float(sum(s.double().sum() for s in scores)) / max(count, 1)
-            outliers.append(sum(int((s > bound).sum()) for s in scores) / max(count, 1))
+            outliers[block.name] = sum(int((s > bound).sum()) for s in scores) / max(count, 1)
         look.close()
-        return owl_shares(outliers, walk, sparsity, self.limit)
+        return outliers
 
 
 def owl_shares(outliers: list[float], walk: Walk, sparsity: float, limit: float) -> dict[str, float]:

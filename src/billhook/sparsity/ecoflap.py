@@ -42,11 +42,8 @@ class ECoFLaP(Allocation):
 
     def shares(self, walk: Walk, sparsity: float) -> dict[str, float]:
         """Steps 1 to 3: score the groups, then water-fill the budget in proportion to the scores under the cap."""
-        batches = shortened(walk.batches, self.samples, self.length, self.batch)
-        if self.score == "zo":
-            scores = zeroth_order(walk, batches, group_by=self.group_by, eps=self.eps, draws=self.draws, seed=self.seed)
-        else:
-            scores = first_order(walk, batches, self.score)
+        options = self.model_dump(exclude={"cap"})
+        scores = walk.looked("importance-" + "-".join(map(str, options.values())), lambda: self._scores(walk))
         group_of = {site.name: str(site.block) if self.group_by == "block" else site.name for site in walk.all_sites()}
         sizes: dict[str, int] = {}
         totals: dict[str, float] = {}
@@ -58,3 +55,10 @@ class ECoFLaP(Allocation):
             totals[group] = scores[site.name] + (0.0 if shared else totals.get(group, 0.0))
         keep = proportional_keep(totals, sizes, sparsity, min(sparsity + self.cap, max(0.95, sparsity)))
         return {name: 1 - keep[group] / sizes[group] for name, group in group_of.items()}
+
+    def _scores(self, walk: Walk) -> dict[str, float]:
+        """Step 1: how much the loss moves with each site, or with its block."""
+        batches = shortened(walk.batches, self.samples, self.length, self.batch)
+        if self.score == "zo":
+            return zeroth_order(walk, batches, group_by=self.group_by, eps=self.eps, draws=self.draws, seed=self.seed)
+        return first_order(walk, batches, self.score)
