@@ -4,15 +4,18 @@
 
 Needs scikit-learn, for its 8×8 digits. A ReLU network 64-300-100-10 is trained densely, then pruned by each method in
 twice `--steps` steps of SGD at a cosine rate: so many gradients does BiP take for `--steps` steps of the weights.
-HYDRA learns its mask in the first half and fine-tunes in the second. Prints a Markdown table: test accuracy, mean and
-standard deviation over the seeds (of split, network and batches), and the mask's IoU with the magnitude mask.
+HYDRA learns its mask in the first half and fine-tunes in the second. IMP rewinds to 5% of the dense training and
+removes a fifth per round, each round as long as that training. Prints a Markdown table: test accuracy, mean and
+standard deviation over the seeds (of split, network and batches), the mask's IoU with the magnitude mask, mean time.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +25,8 @@ from torch import Tensor, nn
 
 import billhook as bh
 from billhook.methods import OneShot
+from billhook.training import Stretch
+from billhook.training.bilevel import BiLevel
 
 BATCH = 64
 TRAIN = 1297  # of 1797
@@ -32,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "HYDRA, fine-tuned": {"method": bh.HYDRA},
     "BiP, no implicit term": {"method": bh.BiP, "implicit": 0.0},
     "BiP": {"method": bh.BiP},
+    "IMP with rewinding": {"method": bh.IMPRewind, "rewind_to": 0.05},
 }
 
 
@@ -73,6 +79,23 @@ def train(model: nn.Module, x: Tensor, y: Tensor, steps: int, seed: int, method:
             pruner.step()
         rate.step()
     return pruner
+
+
+def tickets(model: nn.Module, x: Tensor, y: Tensor, steps: int, seed: int, method: Any) -> Any:
+    """IMP from a fresh network; every round is a dense training's length."""
+
+    def train_part(model: nn.Module, stretch: Stretch) -> None:
+        begin, end = stretch.steps(steps)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        for step, (images, labels) in zip(range(end), batches(x, y, stretch.seed), strict=False):
+            if step < begin:
+                continue
+            optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / steps))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+    return method.run(model, train_part)
 
 
 def restore_norms(model: nn.Module, x: Tensor) -> None:
@@ -117,18 +140,18 @@ def main() -> None:
         dense.append(model)
     reached = [accuracy(model, *digits(seed)[2:]) for seed, model in enumerate(dense)]
     print(f"dense: {statistics.mean(reached):.1f} ± {statistics.stdev(reached):.1f}", flush=True)
-    print("| keep | method | score rate | clip | accuracy | IoU |\n|---|---|---|---|---|---|")
+    print("| keep | method | score rate | clip | accuracy | IoU | time |\n|---|---|---|---|---|---|---|")
     for keep in map(float, arguments.keep.split(",")):
         for label, options in METHODS.items():
             if arguments.only not in label:
                 continue
-            learns = options["method"] is not OneShot
+            learns = issubclass(options["method"], BiLevel)
             for rate in arguments.rates.split(",") if learns else [""]:
                 for clip in arguments.clips.split(",") if learns else [""]:
                     more = {k: v for k, v in options.items() if k not in ("method", "stop")}
                     if learns:
                         more |= {"mask_rate": float(rate), "score_clip": None if clip == "none" else float(clip)}
-                    found, alike = [], []
+                    found, alike, seconds = [], [], []
                     for seed, start in enumerate(dense):
                         x, y, test_x, test_y = digits(seed)
                         model = copy.deepcopy(start)
@@ -136,13 +159,22 @@ def main() -> None:
                         first = OneShot(sparsity=1 - keep).attach(
                             twin := copy.deepcopy(start), torch.optim.SGD(twin.parameters(), lr=0.1), 1
                         )
-                        pruner = train(model, x, y, 2 * arguments.steps, 100 + seed, method, options.get("stop", 1.0))
+                        begin = time.perf_counter()
+                        if options["method"] is bh.IMPRewind:
+                            torch.manual_seed(seed)
+                            model = network(arguments.norms, arguments.init == "he")
+                            pruner = tickets(model, x, y, arguments.steps, seed, method)
+                        else:
+                            length, stop = 2 * arguments.steps, options.get("stop", 1.0)
+                            pruner = train(model, x, y, length, 100 + seed, method, stop)
+                        seconds.append(time.perf_counter() - begin)
                         restore_norms(model, x)
                         found.append(accuracy(model, test_x, test_y))
                         alike.append(iou(first.masks, pruner.masks))
                     print(
                         f"| {keep:.0%} | {label} | {rate} | {clip} | {statistics.mean(found):.1f} ± "
-                        f"{statistics.stdev(found):.1f} | {statistics.mean(alike):.2f} |",
+                        f"{statistics.stdev(found):.1f} | {statistics.mean(alike):.2f} | "
+                        f"{statistics.mean(seconds):.1f} s |",
                         flush=True,
                     )
 
