@@ -33,13 +33,21 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--looks", type=int, nargs="+", default=[0, 10, 30, 100], help="icbs: after these many steps")
     parser.add_argument("--windows", type=int, default=40, help="icbs: of the perplexities")
+    parser.add_argument("--plot", type=Path, help="icbs: where to draw the perplexity over the budget (svg, png)")
+    parser.add_argument("--result", type=Path, help="icbs: what an earlier run printed, to draw it without a run")
     parser.add_argument("--child", choices=["inference", "ecoflap"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(memory(args)))
         return
+    if args.result:
+        drawn(json.loads(args.result.read_text()), args.plot)
+        return
     measure = {"dsnot": dsnot, "ecoflap": ecoflap, "perp": perp, "icbs": icbs}[args.what]
-    print(json.dumps(measure(args), indent=1))
+    result = measure(args)
+    print(json.dumps(result, indent=1))
+    if args.plot:
+        drawn(result, args.plot)
 
 
 # -- DSnoT: the whole run with and without the refinement ---------------------------------------------------
@@ -206,6 +214,29 @@ def icbs(args: argparse.Namespace) -> dict[str, Any]:
         "wanda_seconds": wanda,
         "looks": [look | {"in_wanda_times": look["seconds"] / wanda} for look in looks],
     }
+
+
+def drawn(result: dict[str, Any], path: Path) -> None:
+    """Perplexity over the steps; the first look is the starting mask, Wanda's."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "billhook"  # the same figures give the same file
+
+    looks = result["looks"]
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([look["steps"] for look in looks], [look["perplexity"] for look in looks], marker="o", label="iCBS")
+    axes.axhline(looks[0]["perplexity"], linestyle="--", color="gray", label="its start: Wanda")
+    for look in looks[1:]:
+        text, last = f"{look['in_wanda_times']:.1f} × Wanda's time", look is looks[-1]
+        place = {"xytext": (0, 6), "ha": "right" if last else "left", "fontsize": 8}
+        axes.annotate(text, (look["steps"], look["perplexity"]), textcoords="offset points", **place)
+    axes.set(
+        xlabel="steps", ylabel="perplexity", title=f"{result['sparsity']:.0%} of the weights removed", ylim=(0, None)
+    )
+    axes.legend()
+    figure.savefig(path)
 
 
 if __name__ == "__main__":
