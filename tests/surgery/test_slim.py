@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from billhook.anatomy import anatomy_of, sites_of
+from billhook.anatomy import anatomy_of, find_blocks, sites_of
 from billhook.errors import BillhookError
-from billhook.surgery.slim import class_named, is_slim, settle_, slim_
+from billhook.surgery import shrink
+from billhook.surgery.slim import class_named, is_slim, refresh, settle_, slim_
 from tiny import FAMILIES, TEXT_FAMILIES, batches_for, build
 
 
@@ -69,6 +71,32 @@ def test_padding_and_a_mask_reach_the_slim_attention() -> None:
     with torch.no_grad():
         got, want = (m(ids, attention_mask=mask).logits for m in (model, whole))
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("narrow", ["values", "pairs"])
+def test_unequal_widths_of_a_head_use_the_fused_kernel_too(narrow: str) -> None:
+    """Fused kernels want one width for queries, keys and values; the result is that of attention written out."""
+    model = build("llama")
+    slim_(model)
+    for block in find_blocks(model, anatomy_of(model)):
+        heads = block.self_attn.kv_heads
+        if narrow == "values":
+            shrink.keep_values_(block, torch.arange(block.self_attn.v - 3).repeat(heads, 1))
+        else:
+            shrink.keep_pairs_(block, torch.arange(block.self_attn.qk // 2 - 1).repeat(heads, 1))
+        assert block.self_attn.qk != block.self_attn.v
+    refresh(model)
+    ids = batches_for("llama")[0]
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        want = model(ids).logits
+        model.set_attn_implementation("sdpa")
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # or an error: there is no other
+            got = model(ids).logits
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        cached = model(ids[:, :-1], use_cache=True)
+        step = model(ids[:, -1:], past_key_values=cached.past_key_values)
+        torch.testing.assert_close(step.logits[:, -1], want[:, -1], rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_every_slim_weight() -> None:

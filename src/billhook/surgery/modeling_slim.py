@@ -190,6 +190,9 @@ class SlimAttention(SlimPart):
         attend = _attend
         if self.config._attn_implementation not in ("eager", None):
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            if self.qk != self.v and shape[1] > 1:
+                # fused kernels want one width: zeros change neither the scores nor the channels that are there
+                query, key, value = (_widened(x, max(self.qk, self.v)) for x in (query, key, value))
         output, weights = attend(
             self,
             query,
@@ -202,7 +205,7 @@ class SlimAttention(SlimPart):
             softcap=self.softcap,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*shape, -1)), weights
+        return self.o_proj(output[..., : self.v].reshape(*shape, -1)), weights
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         if self.pairs is None:
@@ -400,6 +403,10 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = turned[..., : width // 2], turned[..., width // 2 :]
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
 
 
 def _attend(
