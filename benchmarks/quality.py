@@ -72,7 +72,7 @@ def main() -> None:
             precision = records[0].precision
         value = bh.perplexity(model, windows)
         parameters = sum(p.numel() for p in model.parameters())
-        cell = {"perplexity": value, "sparsity": sparsity, "parameters": parameters, "seconds": round(seconds, 1)}
+        cell = {"perplexity": value, "sparsity": sparsity, "parameters": parameters}
         known.update(read())
         known[key] = {**run, **cell, "precision": precision, "date": f"{datetime.date.today()}"}
         write_atomically(arguments.out, [json.dumps(dict(sorted(known.items())), indent=1).encode()])

@@ -228,10 +228,6 @@ def drawn(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     axes.plot([look["steps"] for look in looks], [look["perplexity"] for look in looks], marker="o", label="iCBS")
     axes.axhline(looks[0]["perplexity"], linestyle="--", color="gray", label="its start: Wanda")
-    for look in looks[1:]:
-        text, last = f"{look['in_wanda_times']:.1f} × Wanda's time", look is looks[-1]
-        place = {"xytext": (0, 6), "ha": "right" if last else "left", "fontsize": 8}
-        axes.annotate(text, (look["steps"], look["perplexity"]), textcoords="offset points", **place)
     axes.set(
         xlabel="steps", ylabel="perplexity", title=f"{result['sparsity']:.0%} of the weights removed", ylim=(0, None)
     )

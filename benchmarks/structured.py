@@ -175,7 +175,7 @@ def gguf(args: argparse.Namespace, folder: Path, out: Path) -> Path | str:
         capture_output=True,
         text=True,
     )
-    return out if done.returncode == 0 else " ".join(done.stderr.split())
+    return out if done.returncode == 0 else " ".join(done.stderr.split()).replace(f"In {folder}, ", "")
 
 
 def compared(args: argparse.Namespace, models: list[str], dtype: str) -> dict[str, Any]:
