@@ -61,10 +61,10 @@ def forward_flops(model: Any, tokens: int = TOKENS) -> ForwardFlops:
 
 
 def block_flops(block: Any, tokens: int) -> int:
-    """FLOPs of a slim block for one sequence of `tokens`: its matrices, and the two products of each head."""
+    """FLOPs of a slim block for one sequence of `tokens`: matrices, and the two products of each head as run."""
     matrices = sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
     attention = block.self_attn
-    products = attention.heads * (attention.qk + attention.v) if attention is not None else 0
+    products = attention.heads * sum(attention.attended(tokens)) if attention is not None else 0
     return 2 * tokens * (matrices + tokens * products)
 
 

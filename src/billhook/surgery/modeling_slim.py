@@ -190,9 +190,9 @@ class SlimAttention(SlimPart):
         attend = _attend
         if self.config._attn_implementation not in ("eager", None):
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-            if self.qk != self.v and shape[1] > 1:
-                # fused kernels want one width: zeros change neither the scores nor the channels that are there
-                query, key, value = (_widened(x, max(self.qk, self.v)) for x in (query, key, value))
+        qk, v = self.attended(shape[1])
+        if (qk, v) != (self.qk, self.v):
+            query, key, value = _widened(query, qk), _widened(key, qk), _widened(value, v)
         output, weights = attend(
             self,
             query,
@@ -206,6 +206,15 @@ class SlimAttention(SlimPart):
             **kwargs,
         )
         return self.o_proj(output[..., : self.v].reshape(*shape, -1)), weights
+
+    def attended(self, length: int) -> tuple[int, int]:
+        """Channels per head of keys and of values in the two products over `length` new tokens.
+
+        Fused kernels want one width; zeros that fill it up change neither the scores nor the channels that are there.
+        """
+        if self.config._attn_implementation in ("eager", None) or length == 1:
+            return self.qk, self.v
+        return (max(self.qk, self.v),) * 2
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         if self.pairs is None:
