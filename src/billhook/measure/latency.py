@@ -71,7 +71,8 @@ def count_flops(model: nn.Module, ids: Tensor) -> int:
     """Floating-point operations of the matrix products and the attention of one prefill, from their shapes.
 
     A multiplication and an addition are two. Zeros count like other weights, and causal attention like full
-    attention: a dense kernel computes the first, and whether it skips half of the second is its own affair.
+    attention: a dense kernel computes the first, and whether it skips half of the second is its own affair. Widths of
+    keys and values count as the kernel gets them, so with the zeros that fill them up to one width.
     """
     own: dict[Any, Callable[..., int]] = {
         _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
