@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from billhook.sparsity.select import budget, global_counts, keep_largest, keep_n_of_m
+from billhook.sparsity.select import _by_histogram, bracketed, budget, global_cut, keep_largest, keep_n_of_m
 
 # few distinct values, so that ties are everywhere
 scores = st.integers(1, 7).flatmap(
@@ -37,6 +37,41 @@ def test_keep_largest_on_constant_and_random_matrices() -> None:
     for matrix in (torch.ones(5, 37), torch.randn(5, 37, generator=torch.Generator().manual_seed(0))):
         for prune in (0, 1, 18, 36, 37):
             assert (keep_largest(matrix, prune).sum(1) == 37 - prune).all()
+
+
+@pytest.mark.parametrize("order", ["random", "rising", "falling", "few values", "mostly zero", "periodic"])
+def test_keep_largest_on_a_long_row(order: str) -> None:
+    n, generator = 150_000, torch.Generator().manual_seed(4)
+    row = torch.randn(1, n, generator=generator).abs()
+    if order in ("rising", "falling"):
+        row = row.sort(descending=order == "falling").values
+    elif order == "few values":
+        row = (3 * row).round()
+    elif order == "mostly zero":
+        row = torch.where(torch.rand(1, n, generator=generator) < 0.9, 0.0, row)
+    elif order == "periodic":  # what a sample at equal distances sees is nothing like the rest
+        row[:, :: n // 4096] = 1e6
+    for prune in (1, 50, 17_000, n // 2, int(0.9 * n) + 300, n - 1):
+        assert torch.equal(keep_largest(row, prune), by_stable_sort(row, prune))
+
+
+@given(st.lists(scores, min_size=1, max_size=5), st.integers(1, 40), st.data())
+def test_selection_between_neighbours_is_exact_or_refused(
+    matrices: list[torch.Tensor], sample: int, data: st.DataObject
+) -> None:
+    chunks = [m.flatten() for m in matrices]
+    k = data.draw(st.integers(1, sum(map(len, chunks))))
+    expected = torch.cat(chunks).sort().values[k - 1]
+    found = bracketed(lambda: chunks, k, sample)
+    assert found is None or found == expected
+    assert _by_histogram(lambda: chunks, k) == expected
+
+
+def test_selection_between_neighbours_is_seldom_refused() -> None:
+    chunks = list(torch.randn(6, 40_000, generator=torch.Generator().manual_seed(0)).abs())
+    everything = torch.cat(chunks).sort().values
+    for k in range(1, len(everything), 4_001):
+        assert bracketed(lambda: chunks, k, 1 << 12) == everything[k - 1]
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.data())
@@ -75,7 +110,7 @@ def test_global_counts_equal_one_sort_of_everything(matrices: list[torch.Tensor]
     total = sum(m.numel() for m in matrices)
     prune = data.draw(st.integers(0, total))
     named = [(str(i), m) for i, m in enumerate(matrices)]
-    counts = global_counts(lambda: named, prune)
+    counts = global_cut(lambda: named, prune).counts
     order = torch.cat([m.flatten() for m in matrices]).argsort(stable=True)[:prune]
     owner = torch.cat([torch.full((m.numel(),), i) for i, m in enumerate(matrices)])
     expected = {str(i): int((owner[order] == i).sum()) for i in range(len(matrices))}
@@ -88,10 +123,10 @@ def test_global_counts_of_random_floats() -> None:
     everything = torch.cat([m.flatten() for _, m in named])
     threshold = everything.sort().values[3000 - 1]
     expected = {name: int((m <= threshold).sum()) for name, m in named}
-    assert global_counts(lambda: named, 3000) == expected
+    assert global_cut(lambda: named, 3000).counts == expected
 
 
 @pytest.mark.parametrize("prune", [0, 100])
 def test_global_counts_at_the_ends(prune: int) -> None:
     named = [("a", torch.rand(10, 10))]
-    assert sum(global_counts(lambda: named, prune).values()) == prune
+    assert sum(global_cut(lambda: named, prune).counts.values()) == prune

@@ -19,7 +19,7 @@ from billhook.calibrate.statistics import ColumnNorm
 from billhook.calibrate.walk import Needs, Walk
 from billhook.declared import Declared, Paper, Registry
 from billhook.sparsity.saliency import magnitude, wanda
-from billhook.sparsity.select import budget, global_counts
+from billhook.sparsity.select import budget, global_cut
 
 Shares = Callable[[Walk, float], dict[str, float]]
 
@@ -78,7 +78,7 @@ def global_magnitude(walk: Walk, sparsity: float) -> dict[str, float]:
             yield site.name, magnitude(weight)
 
     sizes = {site.name: site.numel for site in walk.all_sites()}
-    counts = global_counts(scores, budget(sum(sizes.values()), sparsity))
+    counts = global_cut(scores, budget(sum(sizes.values()), sparsity)).counts
     return {name: counts[name] / sizes[name] for name in sizes}
 
 

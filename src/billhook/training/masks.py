@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from billhook.errors import BillhookError
-from billhook.sparsity.select import global_counts, keep_largest
+from billhook.sparsity.select import global_cut, keep_largest
 
 Masks = dict[str, Tensor]
 Growth = Literal["gradient", "random"]
@@ -29,8 +29,7 @@ def among_active(scores: Tensor, mask: Tensor) -> Tensor:
 def keep_globally(scores: Mapping[str, Tensor], masks: Masks, keep: int) -> Masks:
     """Keep the `keep` largest scores of all layers together, among the weights that are there.
 
-    Selection is by histogram over all layers, then by partial selection within each: nothing is sorted, and one
-    layer's ranking is in memory at a time.
+    One threshold is selected over all layers, nothing is sorted, and one layer's ranking is in memory at a time.
 
     Args:
         scores: name -> non-negative scores, shaped like the weight.
@@ -42,8 +41,11 @@ def keep_globally(scores: Mapping[str, Tensor], masks: Masks, keep: int) -> Mask
     def rankings() -> Iterator[tuple[str, Tensor]]:
         return ((name, among_active(scores[name], masks[name]).flatten()) for name in masks)
 
-    prune = global_counts(rankings, total - keep)
-    return {name: keep_in_layer(scores[name], masks[name], masks[name].numel() - prune[name]) for name in masks}
+    cut = global_cut(rankings, total - keep)
+    return {
+        name: keep_largest(ranking[None], cut.counts[name], cut.threshold).view(masks[name].shape) & masks[name]
+        for name, ranking in rankings()
+    }
 
 
 def keep_in_layer(scores: Tensor, mask: Tensor, keep: int) -> Tensor:
