@@ -29,6 +29,7 @@ from billhook.anatomy import Anatomy, Site, anatomy_of, block_names, find_blocks
 from billhook.anatomy.sites import stages_of
 from billhook.calibrate import distributed
 from billhook.calibrate.activations import Activations
+from billhook.calibrate.attention import in_strips
 from billhook.calibrate.capture import Batch, Capture, Stop, inference, quiet, surroundings
 from billhook.calibrate.journal import Journal, block_tensors
 from billhook.calibrate.padding import real_tokens, rows, sequences
@@ -480,7 +481,8 @@ class Walk:
     def forward(self, block: Block, batch: int) -> Tensor:
         """The block's output for one batch of its present inputs."""
         call = self._capture.calls[batch][block.index]
-        with inference(self.model), forward_precision(self.precision, self.device), block._proceeding(batch):
+        precision = forward_precision(self.precision, self.device)
+        with inference(self.model), precision, in_strips(), block._proceeding(batch):
             output = block.module(self.inputs[batch], *call.args, **call.kwargs)
         self._as_tuple = isinstance(output, tuple)
         hidden = output[0] if isinstance(output, tuple) else output
