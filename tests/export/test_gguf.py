@@ -275,11 +275,25 @@ LLAMA3 = {
         ("Llama", {"attention_bias": True}, "values"),
         ("Mistral", {"sliding_window": 64}, None),
         ("Mistral", {"sliding_window": None}, "no attention"),
+        ("Qwen2", {}, None),
+        ("Qwen2", {"tie_word_embeddings": False}, "as many neurons"),
+        ("Qwen2", {}, "values everywhere"),
+        ("Qwen3", {"head_dim": 16}, None),
+        ("Qwen3", {"head_dim": 32}, "as many neurons"),
+        ("Qwen3", {"head_dim": 16}, "a KV group less"),
     ],
 )
 def test_llamacpp_agrees_on_variants(family: str, options: dict[str, Any], edit: str | None, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    edits = {**EDITS, "values": values_removed}
+    edits: dict[str, Edit] = {
+        **EDITS,
+        "values": values_removed,
+        "values everywhere": lambda blocks: [shrink.keep_values_(b, torch.arange(8).expand(2, -1)) for b in blocks],
+        "as many neurons": lambda blocks: [
+            shrink.keep_neurons_(b, torch.arange(i, 64 + i)) for i, b in enumerate(blocks)
+        ],
+        "a KV group less": lambda blocks: [shrink.keep_kv_heads_(b, torch.tensor([1])) for b in blocks],
+    }
     folder = folder_of(llama(family, **options), tmp_path / "m", edits[edit] if edit else None)
     report = export_gguf(folder, tmp_path / "m.gguf", kind="f32")
     assert report.check is not None
@@ -287,6 +301,8 @@ def test_llamacpp_agrees_on_variants(family: str, options: dict[str, Any], edit:
     assert report.check.agreement > 0.97
     fields, _ = contents(report.path)
     assert fields[f"{report.architecture}.context_length"] == (options.get("sliding_window") or 256)
+    if family.startswith("Qwen"):
+        assert report.architecture == family.lower()
 
 
 @pytest.mark.parametrize("kind", ["bf16", "q8_0"])
@@ -423,15 +439,22 @@ def test_inexpressible_layers_are_named(edit: Edit, message: str, tmp_path: Path
 def test_inexpressible_streams_are_named(change: dict[str, Any], message: str) -> None:
     attention = {"heads": 4, "kv_heads": 2, "qk": 16, "v": 16, "kv_of_head": None, "pairs": None, "norms": False}
     dims = {"attention": attention, "mlp": {"width": 9}, "stream": [64] * 3, "adapters": [False] * 2, "fused": False}
-    exporter._refuse_layer(Path("m"), 1, dims, 64, 16)
+    family = exporter._FAMILIES["LlamaForCausalLM"]
+    exporter._refuse_layer(Path("m"), 1, dims, 64, 16, family)
     with pytest.raises(BillhookError, match=message):
-        exporter._refuse_layer(Path("m"), 1, dims | change, 64, 16)
+        exporter._refuse_layer(Path("m"), 1, dims | change, 64, 16, family)
 
 
 def test_other_families_activations_and_rotary_scalings(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
-    with pytest.raises(BillhookError, match="is a Qwen3ForCausalLM; GGUF export knows"):
-        export_gguf(make_folder("qwen3"), out, verify=False)
+    with pytest.raises(BillhookError, match=r"is a GemmaForCausalLM; GGUF export knows Llama.* and Qwen3ForCausalLM"):
+        export_gguf(make_folder("gemma"), out, verify=False)
+    uneven = folder_of(llama("Qwen2"), tmp_path / "uneven", EDITS["neurons"])
+    with pytest.raises(BillhookError, match=r"layer 1 has other widths than layer 0 .*--uniform"):
+        export_gguf(uneven, out, verify=False)
+    scaled = folder_of(llama("Qwen3", rope_parameters=LLAMA3), tmp_path / "scaled")
+    with pytest.raises(BillhookError, match="Scaled rotary embeddings cannot be expressed for a qwen3"):
+        export_gguf(scaled, out, verify=False)
     with pytest.raises(BillhookError, match="activation 'gelu'"):
         export_gguf(folder_of(llama(hidden_act="gelu"), tmp_path / "gelu"), out, verify=False)
     yarn = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 500.0, "original_max_position_embeddings": 32}

@@ -1,6 +1,6 @@
 """A Hugging Face folder as a GGUF file for llama.cpp.
 
-llama.cpp's architecture `llama` has one width for all layers; its `deci` is Llama with a number of heads, of
+llama.cpp's architectures have one width for all layers, but for `deci`: that is Llama with a number of heads, of
 key/value heads and of neurons for each layer. A layer without attention has 0 heads there, but for the first one: its
 number of heads decides how llama.cpp reads the width of a head, so it gets one head of zeros. 0 neurons cannot be used
 for a layer without MLP, because llama.cpp then drops the layer's attention too: such a layer gets an MLP of zeros.
@@ -41,7 +41,6 @@ log = logging.getLogger("billhook")
 
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
 
-_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM")
 _ALTERNATIVE = "keep the Hugging Face folder (--format hf) or use --format onnx"
 _FILLER = 32  # neurons of an MLP of zeros: a whole block of every number format
 _BLOCK = 32  # weights that share a scale in q8_0
@@ -88,6 +87,31 @@ _PRE_TOKENIZERS = {
 
 
 @dataclass(frozen=True)
+class _Family:
+    """How llama.cpp has a family.
+
+    Attributes:
+        architecture: its name for the family, with one width for all layers.
+        per_layer: its name for the family with widths per layer; None where it has none.
+        pairs: whether rotary embeddings turn neighbouring channels there, rather than one of each half of a head.
+        norms: whether queries and keys are normalised.
+    """
+
+    architecture: str
+    per_layer: str | None = None
+    pairs: bool = False
+    norms: bool = False
+
+
+_FAMILIES = {
+    "LlamaForCausalLM": _Family("llama", "deci", pairs=True),
+    "MistralForCausalLM": _Family("llama", "deci", pairs=True),
+    "Qwen2ForCausalLM": _Family("qwen2"),
+    "Qwen3ForCausalLM": _Family("qwen3", norms=True),
+}
+
+
+@dataclass(frozen=True)
 class Check:
     """What llama.cpp wrote, next to what the PyTorch model would have written.
 
@@ -112,7 +136,7 @@ class GGUFReport:
 
     Attributes:
         path: the file.
-        architecture: llama.cpp's name: `llama` (same widths everywhere) or `deci` (widths per layer).
+        architecture: llama.cpp's name: the family's, or `deci` (Llama with widths per layer).
         kind: number format of the matrices.
         layers: layers in the file.
         tensors: tensors in the file.
@@ -170,7 +194,7 @@ class _Vocabulary:
 
 
 def export_gguf(folder: Path, out: Path, *, kind: Kind = "f16", force: bool = False, verify: bool = True) -> GGUFReport:
-    """Write the Llama or Mistral model in a Hugging Face folder as a GGUF file, and try it in llama.cpp.
+    """Write the Llama, Mistral or Qwen model in a Hugging Face folder as a GGUF file, and try it in llama.cpp.
 
     The trial holds the PyTorch model in memory in float32; everything else needs one tensor at a time.
 
@@ -199,14 +223,13 @@ def export_gguf(folder: Path, out: Path, *, kind: Kind = "f16", force: bool = Fa
         )
     model, _ = load(folder, stream=True)
     source = source_of(model)
-    _refuse_family(model, folder)
+    family = _family(model, folder)
     if not isinstance(source, Streamed):
         raise BillhookError(f"The weights in {folder} have other names than the model's: save the model again first.")
-    layers, left_out = _layers(model, folder)
+    layers, left_out = _layers(model, folder, family)
     vocabulary = _vocabulary(folder, model)
-    uniform = all((x.heads, x.kv_heads, x.neurons) == _widths(layers[0]) for x in layers) and all(_widths(layers[0]))
-    architecture = "llama" if uniform else "deci"
-    entries = list(_entries(model, source, layers, kind))
+    architecture = _architecture(family, layers, folder)
+    entries = list(_entries(model, source, family, layers, kind))
     notes = _notes(model, layers, left_out, entries, kind)
 
     part = out.with_name(out.name + ".partial")
@@ -237,15 +260,30 @@ def _writing(out: Path) -> Iterator[None]:
 # -- what is in the model ---------------------------------------------------------------------------------
 
 
-def _refuse_family(model: Any, folder: Path) -> None:
+def _family(model: Any, folder: Path) -> _Family:
     name = (stock_class(type(model)) if is_slim(model) else type(model)).__name__
-    if name not in _CLASSES:
-        raise BillhookError(f"{folder} is a {name}; GGUF export knows {' and '.join(_CLASSES)}: {_ALTERNATIVE}.")
+    if name not in _FAMILIES:
+        *others, last = _FAMILIES
+        raise BillhookError(f"{folder} is a {name}; GGUF export knows {', '.join(others)} and {last}: {_ALTERNATIVE}.")
     activation = getattr(model.config, "hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise BillhookError(
-            f"{folder} uses the activation {activation!r}; llama.cpp's Llama knows only silu: {_ALTERNATIVE}."
+            f"{folder} uses the activation {activation!r}; llama.cpp knows only silu for a {name}: {_ALTERNATIVE}."
         )
+    return _FAMILIES[name]
+
+
+def _architecture(family: _Family, layers: list[_Layer], folder: Path) -> str:
+    """llama.cpp's name for the family with these widths."""
+    odd = next((layer for layer in layers if _widths(layer) != _widths(layers[0]) or not all(_widths(layer))), None)
+    if odd is None:
+        return family.architecture
+    if family.per_layer is None:
+        raise BillhookError(
+            f"In {folder}, layer {odd.block} has other widths than layer {layers[0].block} or lacks a part, which "
+            f"llama.cpp can read of Llama and Mistral models alone: prune with --uniform, or {_ALTERNATIVE}."
+        )
+    return family.per_layer
 
 
 def _head_size(config: Any) -> int:
@@ -256,7 +294,7 @@ def _widths(layer: _Layer) -> tuple[int, int, int]:
     return layer.heads, layer.kv_heads, layer.neurons
 
 
-def _layers(model: Any, folder: Path) -> tuple[list[_Layer], list[int]]:
+def _layers(model: Any, folder: Path, family: _Family) -> tuple[list[_Layer], list[int]]:
     """The layers of the file, and the blocks that are empty and left out of it."""
     config = model.config
     if not is_slim(model):
@@ -268,7 +306,7 @@ def _layers(model: Any, folder: Path) -> tuple[list[_Layer], list[int]]:
     left_out: list[int] = []
     for index, dims in enumerate(slim["layers"]):
         attention, mlp = dims["attention"], dims["mlp"]
-        _refuse_layer(folder, index, dims, slim["hidden"], slim["rotary_dim"])
+        _refuse_layer(folder, index, dims, slim["hidden"], slim["rotary_dim"], family)
         if not attention and not mlp:
             left_out.append(index)
             continue
@@ -284,7 +322,7 @@ def _layers(model: Any, folder: Path) -> tuple[list[_Layer], list[int]]:
     return layers, left_out
 
 
-def _refuse_layer(folder: Path, index: int, dims: dict[str, Any], hidden: int, head: int) -> None:
+def _refuse_layer(folder: Path, index: int, dims: dict[str, Any], hidden: int, head: int, family: _Family) -> None:
     where, attention = f"layer {index}", dims["attention"]
     if any(dims["adapters"]):
         raise _cannot(folder, where, "has a matrix in its residual connection (a residual adapter)")
@@ -300,7 +338,7 @@ def _refuse_layer(folder: Path, index: int, dims: dict[str, Any], hidden: int, h
         raise _cannot(folder, where, "has rotary pairs removed from its queries and keys")
     if attention["kv_of_head"]:
         raise _cannot(folder, where, "has key/value heads that unequal numbers of query heads read")
-    if attention["norms"]:
+    if attention["norms"] and not family.norms:
         raise _cannot(folder, where, "normalises its queries and keys")
     if attention["qk"] != head:
         raise _cannot(folder, where, f"has {attention['qk']} query/key channels per head, of which {head} rotate")
@@ -354,7 +392,7 @@ def _window(config: Any) -> int | None:
 # -- tensors ----------------------------------------------------------------------------------------------
 
 
-def _entries(model: Any, source: Streamed, layers: list[_Layer], kind: str) -> Iterator[_Entry]:
+def _entries(model: Any, source: Streamed, family: _Family, layers: list[_Layer], kind: str) -> Iterator[_Entry]:
     """The tensors of the file, in its order."""
     refs = source.refs
     config = model.config
@@ -374,6 +412,11 @@ def _entries(model: Any, source: Streamed, layers: list[_Layer], kind: str) -> I
     yield entry("token_embd.weight", "model.embed_tokens.weight")
     factors = _rotary_factors(model, size)
     if factors is not None:
+        if not family.pairs:  # tried: those of Qwen are not asked for
+            raise BillhookError(
+                f"Scaled rotary embeddings cannot be expressed for a {family.architecture} model in GGUF, in any "
+                f"layer: {_ALTERNATIVE}."
+            )
         yield _Entry("rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors, "the rotary frequencies")
     for number, layer in enumerate(layers):
         own, stock = f"blk.{number}", f"model.layers.{layer.block}"
@@ -395,7 +438,10 @@ def _entries(model: Any, source: Streamed, layers: list[_Layer], kind: str) -> I
                 for leaf in ("weight", "bias"):
                     if f"{stock}.self_attn.{path}.{leaf}" in refs:
                         inner = None if (path, leaf) == ("o_proj", "bias") else pad
-                        yield entry(f"{own}.{name}.{leaf}", f"{stock}.self_attn.{path}.{leaf}", heads, inner)
+                        turned = heads if family.pairs else 0
+                        yield entry(f"{own}.{name}.{leaf}", f"{stock}.self_attn.{path}.{leaf}", turned, inner)
+            for name, path in (("attn_q_norm", "q_norm"), ("attn_k_norm", "k_norm")) if family.norms else ():
+                yield entry(f"{own}.{name}.weight", f"{stock}.self_attn.{path}.weight")
         yield entry(f"{own}.ffn_norm.weight", f"{stock}.post_attention_layernorm.weight")
         for name, path in (("ffn_gate", "gate_proj"), ("ffn_up", "up_proj"), ("ffn_down", "down_proj")):
             if layer.empty_mlp:
@@ -418,7 +464,7 @@ def _kind(shape: tuple[int, ...], kind: str) -> str:
 
 
 def _read(ref: Stored | Packed, heads: int) -> Tensor:
-    """A tensor in float32; with `heads`, rows go from halves (all first channels, all second ones) to pairs."""
+    """A tensor in float32; with `heads`, rows of each go from halves (all first channels, all second ones) to pairs."""
     tensor = ref.read().float()
     if not heads:
         return tensor
