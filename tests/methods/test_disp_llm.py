@@ -471,3 +471,5 @@ def test_a_temperature_that_turns_gradients_round_is_refused() -> None:
     with pytest.raises(bh.BillhookError, match=r"tau=0\.4 turns"):
         bh.method("disp-llm", tau=0.4)
     bh.method("disp-llm", tau=0.4, estimator="gumbel_soft")
+    with pytest.raises(bh.BillhookError, match="estimator=st has no temperature"):
+        bh.method("disp-llm", tau=1.0, estimator="st")

@@ -35,7 +35,8 @@ def train(model: nn.Module, optimizer: Any, pruner: Any, first: int, last: int) 
 
 
 def method(**options: Any) -> bh.ISSP:
-    return bh.ISSP(**{"sparsity": 0.8, "until": LAST / STEPS, "least": 0, **options})
+    goal = {} if "pattern" in options else {"sparsity": 0.8}
+    return bh.ISSP(**{**goal, "until": LAST / STEPS, "least": 0, **options})
 
 
 def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
@@ -221,3 +222,9 @@ def test_a_factor_that_rounds_to_one_is_refused() -> None:
         bh.ISSP(sparsity=0.9, shrink=0.999).attach(model, optimizer, 10)
     bh.ISSP(sparsity=0.9, shrink=0.99).attach(model, optimizer, 10).detach()
     bh.ISSP(sparsity=0.9, shrink=1).attach(model, optimizer, 10).detach()  # one-shot is meant
+
+
+def test_a_pattern_has_a_sparsity_of_its_own() -> None:
+    assert bh.ISSP(sparsity=0.5, pattern="2:4").pattern == "2:4"
+    with pytest.raises(BillhookError, match=r"sparsity=0\.9 is not that of 2:4, 0\.5: leave sparsity out"):
+        bh.ISSP(sparsity=0.9, pattern="2:4")

@@ -191,6 +191,7 @@ def test_groups_are_what_was_asked_for() -> None:
         ({"groups": "nrom"}, r"there is no group 'nrom' \(did you mean 'norm'\?\)"),
         ({"rank": 0}, "rank=0 is not possible"),
         ({"adapter": "lora"}, "adapter='lora' is not possible"),
+        ({"adapter": "scale_lora", "alpha": 8}, "adapter=scale_lora multiplies the weights and has no alpha"),
     ],
 )
 def test_bad_options_get_a_sentence(options: dict[str, Any], words: str) -> None:

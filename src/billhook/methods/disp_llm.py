@@ -74,6 +74,8 @@ class DispLLM(StructuredMethod):
     def _warm(self) -> DispLLM:
         if self.estimator == "reinmax" and self.tau is not None and self.tau < 1:
             raise ValueError(f"tau={self.tau:g} turns reinmax's gradients round: give 1 or more, or another estimator")
+        if self.estimator == "st" and self.tau is not None:
+            raise ValueError("estimator=st has no temperature: leave tau out, or take another estimator")
         return self
 
     def check(self, walk: Walk) -> None:

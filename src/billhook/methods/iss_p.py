@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from billhook.declared import Paper
@@ -54,6 +54,15 @@ class ISSP(SparseTraining):
     def _known(cls, text: str) -> str:
         parse_pattern(text)
         return text
+
+    @model_validator(mode="after")
+    def _one_sparsity(self) -> ISSP:
+        nm = parse_pattern(self.pattern)
+        if nm is not None and "sparsity" in self.model_fields_set and abs(self.sparsity - nm.sparsity) > 1e-6:
+            raise ValueError(
+                f"sparsity={self.sparsity:g} is not that of {self.pattern}, {nm.sparsity:g}: leave sparsity out"
+            )
+        return self
 
     def begin(self, pruner: Pruner) -> None:
         for name, weight in pruner.weights.items():

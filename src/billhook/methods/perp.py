@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from billhook.anatomy import Site
@@ -75,6 +75,13 @@ class PERP(Method):
                     f"{', '.join(get_args(Group))} by '+'"
                 )
         return text
+
+    @model_validator(mode="after")
+    def _alpha_is_used(self) -> PERP:
+        scales = self.adapter in ("scale_lora", "scale_lora_full") and "head" not in self.groups.split("+")
+        if scales and "alpha" in self.model_fields_set:
+            raise ValueError(f"adapter={self.adapter} multiplies the weights and has no alpha: leave alpha out")
+        return self
 
     @property
     def steps(self) -> int:

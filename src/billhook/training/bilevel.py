@@ -134,6 +134,8 @@ class BiLevel(SparseTraining):
         for name, mask in pruner.masks.items():
             pruner.memory[f"first.{name}"] = pruner.memory[f"before.{name}"] = pack(mask)
         pruner.memory["overlap"] = torch.zeros(0, 3, dtype=torch.float64)
+        if not (self.sparsity and self.mask_rate):  # the mask is final already
+            pruner.memory = {"overlap": pruner.memory["overlap"]}
 
     def due(self, step: int, total_steps: int) -> bool:
         learns = self.sparsity > 0 and self.mask_rate > 0  # otherwise all steps are the weights'
