@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import billhook as bh
 from billhook.anatomy import anatomy_of, find_blocks
 from billhook.errors import BillhookError
-from billhook.export import gguf as exporter
 from billhook.export.folder import assemble
-from billhook.export.gguf import export_gguf
+from billhook.export.gguf import export_gguf, file, tensors, tokenizer, trial
 from billhook.surgery import shrink
 from billhook.surgery.slim import settle_, slim_
 
@@ -44,6 +43,25 @@ def bpe(pre: Any = None, ignore_merges: bool = False) -> transformers.PreTrained
     )
 
 
+def pieces(normalizer: Any, pre: Any = None) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer as those of SentencePiece are converted: every pair that makes a token is a merge, by the token."""
+    trained = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=90, show_progress=False)
+    text = "▁the▁capital▁of▁the▁city,▁once▁upon▁a▁time▁there▁was▁2024▁it's▁▁▁"
+    trained.train_from_iterator([text] * 5, trainer)
+    words = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
+    tokens = ["<s>", "</s>", "<pad>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocab = {token: place for place, token in enumerate(tokens)}
+    cuts = [(word[:cut], word[cut:]) for word in words for cut in range(1, len(word))]
+    merges = [(left, right) for left, right in cuts if left in vocab and right in vocab]
+    result = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    result.normalizer, result.pre_tokenizer = normalizer, pre
+    result.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=result, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
 def llama(family: str = "Llama", **options: Any) -> Any:
     """A tiny model whose texts are not all one token."""
     torch.manual_seed(0)
@@ -60,7 +78,8 @@ def llama(family: str = "Llama", **options: Any) -> Any:
         "pad_token_id": 2,
         "tie_word_embeddings": True,
     } | options
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**settings))
+    config = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
+    model = getattr(transformers, f"{family}ForCausalLM")(config(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -254,6 +273,7 @@ def test_llamacpp_agrees(edit: str, tmp_path: Path) -> None:
     assert not (tmp_path / "m.gguf.partial").exists()
 
 
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -281,6 +301,11 @@ LLAMA3 = {
         ("Qwen3", {"head_dim": 16}, None),
         ("Qwen3", {"head_dim": 32}, "as many neurons"),
         ("Qwen3", {"head_dim": 16}, "a KV group less"),
+        ("Gemma", {"head_dim": 32}, "as many neurons"),
+        ("Gemma2", GEMMA, None),
+        ("Gemma2", GEMMA, "a KV group less"),
+        ("Gemma3", {**GEMMA, "num_hidden_layers": 7}, None),
+        ("Gemma3", GEMMA, "as many neurons"),
     ],
 )
 def test_llamacpp_agrees_on_variants(family: str, options: dict[str, Any], edit: str | None, tmp_path: Path) -> None:
@@ -300,8 +325,9 @@ def test_llamacpp_agrees_on_variants(family: str, options: dict[str, Any], edit:
     assert report.check.agreement is not None
     assert report.check.agreement > 0.97
     fields, _ = contents(report.path)
-    assert fields[f"{report.architecture}.context_length"] == (options.get("sliding_window") or 256)
-    if family.startswith("Qwen"):
+    window = options.get("sliding_window") if family == "Mistral" else None
+    assert fields[f"{report.architecture}.context_length"] == (window or 256)
+    if family.startswith(("Qwen", "Gemma")):
         assert report.architecture == family.lower()
 
 
@@ -334,10 +360,10 @@ def split(pattern: str) -> Any:
             False,
             "smollm",
         ),
-        (split(exporter._WORDS % r"\p{N}{1,3}"), True, "llama-bpe"),
-        (split(exporter._WORDS % r"\p{N}{1,3}"), False, "smaug-bpe"),
-        (split(exporter._WORDS % r"\p{N}"), False, "qwen2"),
-        (split(exporter._TEKKEN), True, "tekken"),
+        (split(tokenizer._WORDS % r"\p{N}{1,3}"), True, "llama-bpe"),
+        (split(tokenizer._WORDS % r"\p{N}{1,3}"), False, "smaug-bpe"),
+        (split(tokenizer._WORDS % r"\p{N}"), False, "qwen2"),
+        (split(tokenizer._TEKKEN), True, "tekken"),
     ],
 )
 def test_llamacpp_splits_text_alike(pre: Any, ignore_merges: bool, name: str, tmp_path: Path) -> None:
@@ -353,18 +379,45 @@ def test_llamacpp_splits_text_alike(pre: Any, ignore_merges: bool, name: str, tm
     assert fields["tokenizer.ggml.add_bos_token"] is True
 
 
+MARKED = normalizers.Replace(" ", "▁")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre", "adds"),
+    [
+        (normalizers.Sequence([normalizers.Prepend("▁"), MARKED]), None, True),  # Llama 2
+        (MARKED, pre_tokenizers.Split(" ", "merged_with_previous"), False),  # Gemma
+        (None, pre_tokenizers.Metaspace(prepend_scheme="never", split=False), False),
+    ],
+)
+def test_llamacpp_splits_pieces_alike(normalizer: Any, pre: Any, adds: bool, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    folder = folder_of(llama(vocab_size=400), tmp_path / "m", None, pieces(normalizer, pre))
+    report = export_gguf(folder, tmp_path / "m.gguf")
+    fields, _ = contents(report.path)
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.add_space_prefix"] is adds
+    assert fields["tokenizer.ggml.token_type"][4:260] == [6] * 256
+    scores = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
+    merged = [left + right for left, right in json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]]
+    assert len(set(merged)) > 20
+    assert [scores[token] for token in merged] == sorted((scores[token] for token in merged), reverse=True)
+    assert scores["▁"] < scores[merged[-1]]  # a character is no merge
+    assert report.check is not None
+
+
 def test_a_text_that_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
     folder = folder_of(llama(), tmp_path / "m")
     answers: list[dict[str, Any]] = []
-    run = exporter._llamacpp
+    run = trial._llamacpp
 
     def spy(request: dict[str, Any], source: Path) -> dict[str, Any]:
         response = run(request, source)
         answers[:] = response["answers"]
         return response
 
-    monkeypatch.setattr(exporter, "_llamacpp", spy)
+    monkeypatch.setattr(trial, "_llamacpp", spy)
     export_gguf(folder, tmp_path / "a.gguf")
     third = answers[0]["tokens"][2]
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -379,12 +432,12 @@ def test_a_text_that_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_tensor_written_wrongly_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
-    encoded = exporter._encoded
+    encoded = tensors.encoded
 
     def damaged(entry: Any) -> Any:
         return encoded(entry)[::-1].copy() if entry.name == "blk.1.attn_v.weight" else encoded(entry)
 
-    monkeypatch.setattr(exporter, "_encoded", damaged)
+    monkeypatch.setattr(file, "encoded", damaged)
     folder = folder_of(llama(), tmp_path / "m")
     with pytest.raises(BillhookError, match=r"blk\.1\.attn_v\.weight \(model\.layers\.1\.self_attn\.v_proj\.weight\)"):
         export_gguf(folder, tmp_path / "m.gguf")
@@ -394,7 +447,7 @@ def test_a_tensor_written_wrongly_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_other_tokens_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
     folder = folder_of(llama(), tmp_path / "m")
-    monkeypatch.setitem(exporter._PRE_TOKENIZERS, ((exporter._GPT2,), False), "smollm")
+    monkeypatch.setitem(tokenizer._PRE_TOKENIZERS, ((tokenizer._GPT2,), False), "smollm")
     with pytest.raises(BillhookError, match=r"splits .* into other tokens .* 'smollm'"):
         export_gguf(folder, tmp_path / "m.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
@@ -403,7 +456,7 @@ def test_other_tokens_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_file_that_llamacpp_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
     folder = folder_of(llama(), tmp_path / "m")
-    monkeypatch.setitem(exporter._PRE_TOKENIZERS, ((exporter._GPT2,), False), "no such rules")
+    monkeypatch.setitem(tokenizer._PRE_TOKENIZERS, ((tokenizer._GPT2,), False), "no such rules")
     with pytest.raises(BillhookError, match=r"does not run the file .*no such rules"):
         export_gguf(folder, tmp_path / "m.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
@@ -439,22 +492,32 @@ def test_inexpressible_layers_are_named(edit: Edit, message: str, tmp_path: Path
 def test_inexpressible_streams_are_named(change: dict[str, Any], message: str) -> None:
     attention = {"heads": 4, "kv_heads": 2, "qk": 16, "v": 16, "kv_of_head": None, "pairs": None, "norms": False}
     dims = {"attention": attention, "mlp": {"width": 9}, "stream": [64] * 3, "adapters": [False] * 2, "fused": False}
-    family = exporter._FAMILIES["LlamaForCausalLM"]
-    exporter._refuse_layer(Path("m"), 1, dims, 64, 16, family)
+    family = tensors._FAMILIES["LlamaForCausalLM"]
+    tensors._refuse_layer(Path("m"), 1, dims, 64, 16, family)
     with pytest.raises(BillhookError, match=message):
-        exporter._refuse_layer(Path("m"), 1, dims | change, 64, 16, family)
+        tensors._refuse_layer(Path("m"), 1, dims | change, 64, 16, family)
 
 
 def test_other_families_activations_and_rotary_scalings(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
-    with pytest.raises(BillhookError, match=r"is a GemmaForCausalLM; GGUF export knows Llama.* and Qwen3ForCausalLM"):
-        export_gguf(make_folder("gemma"), out, verify=False)
+    with pytest.raises(BillhookError, match=r"is a OPTForCausalLM; GGUF export knows Llama.* and Gemma3ForCausalLM"):
+        export_gguf(make_folder("opt"), out, verify=False)
     uneven = folder_of(llama("Qwen2"), tmp_path / "uneven", EDITS["neurons"])
     with pytest.raises(BillhookError, match=r"layer 1 has other widths than layer 0 .*--uniform"):
         export_gguf(uneven, out, verify=False)
     scaled = folder_of(llama("Qwen3", rope_parameters=LLAMA3), tmp_path / "scaled")
     with pytest.raises(BillhookError, match="Scaled rotary embeddings cannot be expressed for a qwen3"):
         export_gguf(scaled, out, verify=False)
+    other = folder_of(llama("Gemma2", **{**GEMMA, "query_pre_attn_scalar": 8}), tmp_path / "scale")
+    with pytest.raises(BillhookError, match="scales its attention by 8 instead of the width of its heads, 16"):
+        export_gguf(other, out, verify=False)
+    capped = folder_of(llama("Gemma3", **GEMMA, final_logit_softcapping=30.0), tmp_path / "capped")
+    with pytest.raises(BillhookError, match=r"has final_logit_softcapping=30\.0; llama\.cpp"):
+        export_gguf(capped, out, verify=False)
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    turned = folder_of(llama("Gemma2", **GEMMA, layer_types=types), tmp_path / "turned")
+    with pytest.raises(BillhookError, match="layer 0 has full attention; as layer 0 of the file it would get sliding"):
+        export_gguf(turned, out, verify=False)
     with pytest.raises(BillhookError, match="activation 'gelu'"):
         export_gguf(folder_of(llama(hidden_act="gelu"), tmp_path / "gelu"), out, verify=False)
     yarn = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 500.0, "original_max_position_embeddings": 32}
@@ -485,7 +548,16 @@ def test_tokenizers_that_cannot_be_converted(make_folder: Callable[..., Path], t
         path.write_text(json.dumps(spec | change))
 
     changed({"model": spec["model"] | {"byte_fallback": True}})
-    with pytest.raises(BillhookError, match="SentencePiece"):
+    with pytest.raises(BillhookError, match=r"changes or splits the text first \(ByteLevel\)"):
+        export_gguf(folder, out, verify=False)
+    unmarked = {"model": spec["model"] | {"byte_fallback": True}, "pre_tokenizer": None}
+    changed(unmarked)
+    with pytest.raises(BillhookError, match="does not mark spaces"):
+        export_gguf(folder, out, verify=False)
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    merges = [*spec["model"]["merges"], spec["model"]["merges"][0]]
+    changed(unmarked | {"normalizer": replace, "model": unmarked["model"] | {"merges": merges}})
+    with pytest.raises(BillhookError, match=r"merges the pairs that make .* at different times"):
         export_gguf(folder, out, verify=False)
     changed({"normalizer": {"type": "Lowercase"}})
     with pytest.raises(BillhookError, match="Lowercase"):

@@ -73,7 +73,7 @@ def _answer(server: Any, prompt: list[int], length: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # The folder of this file holds a gguf.py of its own.
+    # The folder of this file is named gguf too, and holds a tokenizer.py.
     sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     Path(sys.argv[2]).write_text(json.dumps(run(asked)), encoding="utf-8")
