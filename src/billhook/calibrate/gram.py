@@ -18,7 +18,7 @@ class Gram(Products["Gram"]):
     """
 
     dtype = torch.float32
-    wide = 1024
+    wide = 1024 if torch.cpu._is_amx_tile_supported() else 512  # measured
 
     def result(self) -> Gram:
         self.whole()

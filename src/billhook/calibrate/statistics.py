@@ -59,17 +59,17 @@ class ColumnNorm(Statistic[Tensor]):
 class Products(Statistic[R]):
     """Σ x xᵀ over all calibration tokens, [in, in], on and below the diagonal; `whole` mirrors it.
 
-    From some width on three strips are faster than one product: a third of the work is saved.
+    From some width on four strips are faster than one product: three eighths of the work are saved.
     """
 
     dtype: ClassVar[torch.dtype]
-    wide: ClassVar[int]  # channels from which there are three
+    wide: ClassVar[int]  # channels from which there are four
 
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__(width, device)
         self.matrix = torch.zeros(width, width, dtype=self.dtype, device=device)
         self.sums = [self.matrix]
-        self._strip = width if width < self.wide else -(-width // 3)
+        self._strip = width if width < self.wide else -(-width // 4)
 
     def update(self, x: Tensor) -> None:
         x = x.to(self.dtype)
