@@ -305,7 +305,7 @@ LLAMA3 = {
         ("Gemma2", GEMMA, None),
         ("Gemma2", GEMMA, "a KV group less"),
         ("Gemma3", {**GEMMA, "num_hidden_layers": 7}, None),
-        ("Gemma3", GEMMA, "as many neurons"),
+        ("Gemma3", {**GEMMA, "final_logit_softcapping": 2.0}, "as many neurons"),
     ],
 )
 def test_llamacpp_agrees_on_variants(family: str, options: dict[str, Any], edit: str | None, tmp_path: Path) -> None:
@@ -511,9 +511,12 @@ def test_other_families_activations_and_rotary_scalings(make_folder: Callable[..
     other = folder_of(llama("Gemma2", **{**GEMMA, "query_pre_attn_scalar": 8}), tmp_path / "scale")
     with pytest.raises(BillhookError, match="scales its attention by 8 instead of the width of its heads, 16"):
         export_gguf(other, out, verify=False)
-    capped = folder_of(llama("Gemma3", **GEMMA, final_logit_softcapping=30.0), tmp_path / "capped")
-    with pytest.raises(BillhookError, match=r"has final_logit_softcapping=30\.0; llama\.cpp"):
+    capped = folder_of(llama("Gemma3", **GEMMA, attn_logit_softcapping=30.0), tmp_path / "capped")
+    with pytest.raises(BillhookError, match=r"has attn_logit_softcapping=30\.0; llama\.cpp"):
         export_gguf(capped, out, verify=False)
+    free = folder_of(llama("Gemma2", **GEMMA, final_logit_softcapping=None), tmp_path / "free")
+    with pytest.raises(BillhookError, match=r"has final_logit_softcapping=None; llama\.cpp"):
+        export_gguf(free, out, verify=False)
     types = ["full_attention", "sliding_attention", "full_attention"]
     turned = folder_of(llama("Gemma2", **GEMMA, layer_types=types), tmp_path / "turned")
     with pytest.raises(BillhookError, match="layer 0 has full attention; as layer 0 of the file it would get sliding"):

@@ -95,6 +95,11 @@ class Entry:
 
 
 def family_of(model: Any, folder: Path) -> Family:
+    """How llama.cpp has a model's family.
+
+    Raises:
+        BillhookError: it does not have it, or computes something else in it than the model does.
+    """
     name = (stock_class(type(model)) if is_slim(model) else type(model)).__name__
     if name not in _FAMILIES:
         *others, last = _FAMILIES
@@ -114,9 +119,9 @@ def family_of(model: Any, folder: Path) -> Family:
         )
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         value = getattr(config, cap, None)
-        if bool(value) != (family.architecture == "gemma2"):
+        if bool(value) != (family.architecture == "gemma2") and (family.architecture, cap[:5]) != ("gemma3", "final"):
             raise BillhookError(
-                f"{folder} has {cap}={value}; llama.cpp bounds these values in a Gemma 2 and in no "
+                f"{folder} has {cap}={value}; llama.cpp always bounds these values in a Gemma 2, and attention's in no "
                 f"other model: {ALTERNATIVE}."
             )
     return family
