@@ -622,7 +622,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "option of another method": (["--damping", "0.1"], "Method wanda has no option 'damping'"),
     "allocation": (["--allocation", "unform"], r"No allocation 'unform' \(did you mean 'uniform'\?\)"),
     "scope": (["--scope", "rows"], "scope='rows' is not possible"),
-    "too much memory asked": (["--max-memory", "1KB"], "--max-memory 0.00 GB is too little: one block of this model"),
+    "too much memory asked": (["--max-memory", "1KB"], "--max-memory 1e-06 GB is too little: one block of this model"),
     "memory": (["--max-memory", "lots"], "'lots' is not an amount of memory: write for example 2GB"),
     "memory zero": (["--max-memory", "0"], "'0' is not an amount of memory"),
     "device": (["--device", "gpu0"], "'gpu0' is not a device: use auto, cpu, cuda"),
@@ -636,13 +636,15 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "samples": (["--samples", "0"], "samples=0 is not possible"),
     "seed": (["--seed", "99999999999999999999"], "seed=99999999999999999999 is not possible"),
     "negative seed": (["--seed", "-1"], "seed=-1 is not possible"),
-    "windows": (["--eval-windows", "-3"], "eval_windows=-3 is not possible"),
+    "windows": (["--eval-windows", "-3"], "eval_windows=-3 is not possible: give at least 1, or for all"),
     "too many samples": (["--samples", "9999"], r"has \d+ tokens, but 9999 different windows of 16 tokens need"),
     "data": (["--data", "wikitex2"], r"Unknown text source 'wikitex2' \(did you mean 'wikitext2'\?\)"),
     "data path": (["--data", "text:no.txt"], "There is no file no.txt"),
     "data nothing": (["--data", "text:"], "names no file"),
     "eval data path": (["--eval-data", "text:no.txt"], "There is no file no.txt"),
     "data on the hub": (["--data", "wikitext2"], "text:PATH"),
+    "recovery that removes": (["--recover", "wanda"], "Method wanda removes weights and repairs nothing"),
+    "recovery half-written": (["--recover", "perp(rank="], r"In 'perp\(rank=' a parenthesis is open"),
     "value missing": (["--sparsity"], "'--sparsity' requires an argument"),
     "too many words": (["another"], r"unexpected extra argument\(?s?\)? \(another\)"),
 }
@@ -731,6 +733,17 @@ def damaged_model(kind: str, make_folder: MakeFolder) -> tuple[object, str]:
         shard = sorted(folder.glob("*.safetensors"))[1]
         shard.write_bytes(shard.read_bytes()[:-10])
         return folder, "is truncated"
+    if kind == "longer shard":
+        folder = make_folder()
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes() + b"x" * 200)
+        return folder, "has 200 bytes behind its last tensor"
+    if kind == "another shape":
+        folder = make_folder()
+        edit_weights(folder, **{"model.layers.1.mlp.up_proj.weight": lambda t: t[:40].clone()})
+        return (
+            folder,
+            r"the tensor 'model\.layers\.1\.mlp\.up_proj\.weight' is 40 x 32, and its config\.json makes it 48 x 32",
+        )
     if kind == "nan in a later block":
         folder = make_folder()
         edit_weights(folder, **{"model.layers.2.mlp.up_proj.weight": with_nan})
@@ -774,6 +787,8 @@ def damaged_model(kind: str, make_folder: MakeFolder) -> tuple[object, str]:
 DAMAGED = [
     "missing shard",
     "truncated shard",
+    "longer shard",
+    "another shape",
     "nan in a later block",
     "nan in the embeddings",
     "overflow",
@@ -866,7 +881,7 @@ def test_texts_that_are_not_right(
     ("change", "match"),
     [
         (("samples", "sample"), r"r\.yaml, line 4: key 'sample' is not known \(did you mean 'samples'\?\)"),
-        (("sparsity: 0.5", "sparsity: 2"), r"r\.yaml: .*sparsity=2"),
+        (("sparsity: 0.5", "sparsity: 2"), r"r\.yaml, line 12: .*sparsity=2"),
         (
             ("sparsity: 0.5", "sparsty: 0.5"),
             r"r\.yaml, line 12: method sparsegpt has no option 'sparsty' \(did",
@@ -918,6 +933,10 @@ def test_comparisons_that_are_not_right(
     ("arguments", "match"),
     [
         (["pruun"], "No such command 'pruun'.*prune"),
+        (["methods", "wanda", "--device", "foo"], "'foo' is not a device"),
+        (["inspect", "x", "--dtype", "int3"], "'int3' is not a dtype"),
+        (["inspect", ""], "No model is named"),
+        (["inspect", "demoo"], r"did you mean 'demo'\?"),
         (["methods", "wnda"], r"No method 'wnda' \(did you mean 'wanda'\?\)"),
         (["export", "nonesuch"], "not a Hugging Face model folder"),
         (["export", "x", "--format", "torch"], "'--format'"),

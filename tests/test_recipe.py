@@ -9,11 +9,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, Field
 
 import billhook as bh
 from billhook.errors import BillhookError
 from billhook.methods import methods
-from billhook.recipe import Job, job, parse_recipe, read_recipe
+from billhook.recipe import Job, job, parse_as, parse_recipe, read_recipe
 
 GOOD = """\
 model: demo
@@ -49,6 +50,22 @@ def test_a_job_survives_the_way_to_yaml_and_back() -> None:
     assert parse_recipe(yaml.safe_dump(one.model_dump(mode="json"))) == one
 
 
+def test_numbers_are_those_that_people_write() -> None:
+    text = "model: demo\nout: x\nsamples: 0x10\nsteps:\n- {method: wanda, pattern: 2:4}\n- {method: perp, lr: 1e-3}\n"
+    result = parse_recipe(text)
+    assert result.samples == 16
+    assert result.steps[1]["lr"] == 0.001
+    assert result.methods() == [bh.Wanda(pattern="2:4"), bh.PERP(lr=1e-3)]
+
+
+@given(st.one_of(st.integers(), st.floats(allow_nan=False), st.text(max_size=8), st.booleans(), st.none()))
+def test_values_are_read_as_yaml_has_them(value: Any) -> None:
+    class Any_(BaseModel):
+        x: Any = Field(None, description="anything")
+
+    assert parse_as(Any_, yaml.safe_dump({"x": value}), "r").x == value
+
+
 def test_reading_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(GOOD)
     assert read_recipe(tmp_path / "r.yaml") == parse_recipe(GOOD)
@@ -79,8 +96,15 @@ def test_reading_from_a_file(tmp_path: Path) -> None:
         (GOOD.replace("method: sparsegpt", "method: {a: b}"), "line 7: 'method' is not the name of a method"),
         (GOOD.replace("method: sparsegpt", "method: 3"), "line 7: there is no method '3'"),
         (GOOD.replace("method: sparsegpt", "method:"), "there is no method ''"),
-        (GOOD.replace("- method: sparsegpt\n    sparsity", "- sparsity"), "Step 2 of the recipe names no method"),
-        (GOOD.replace("sparsity: 0.6", "sparsity: 1.5"), r"sparsity=1\.5 is not possible"),
+        (GOOD.replace("- method: sparsegpt\n    sparsity", "- sparsity"), "line 7: the step names no method: write"),
+        (
+            GOOD.replace("method: sparsegpt", "metod: sparsegpt"),
+            r"line 7: the step .* \('metod' is no key: did you mean",
+        ),
+        (GOOD + "    sparsity: 0.7\n", "line 10: key 'sparsity' was given in line 8 already"),
+        (GOOD + "seed: 1\nmodel: x\n", "line 11: key 'model' was given in line 1 already"),
+        (GOOD.replace("sparsity: 0.6", "sparsity: 1.5"), r"line 8: .*sparsity=1\.5 is not possible"),
+        (GOOD.replace("sparsity: 0.6", "pattern: 5:4"), "line 7: Pattern '5:4'"),
         (GOOD.replace("sparsity: 0.6", "sparsity: .nan"), "sparsity=nan is not possible"),
         (GOOD.replace("sparsity: 0.6", "sparsity: a lot"), "sparsity='a lot' is not possible"),
         (GOOD.replace("samples: 8", "samples: 0"), "line 3: samples=0 is not possible"),
@@ -111,7 +135,7 @@ def test_long_values_are_not_repeated_in_full() -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(BillhookError, match="There is no recipe"):
         read_recipe(tmp_path / "no.yaml")
-    with pytest.raises(BillhookError, match="cannot be read"):
+    with pytest.raises(BillhookError, match="is a folder: name the recipe"):
         read_recipe(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9\n")
     with pytest.raises(BillhookError, match="cannot be read as UTF-8"):

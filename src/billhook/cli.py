@@ -72,10 +72,26 @@ EvalLengthOption = Annotated[
 EvalWindowsOption = Annotated[int, typer.Option("--eval-windows", help="At most so many evaluation windows; 0: all.")]
 
 
+def _known_device(text: str) -> str:
+    if text != "auto":
+        from billhook.system import parse_device
+
+        parse_device(text)
+    return text
+
+
+def _known_dtype(text: str) -> str:
+    if text != "auto":
+        from billhook.system import parse_dtype
+
+        parse_dtype(text)
+    return text
+
+
 # Scripts pass the same options to every command; where one has no effect it is accepted and not shown.
 SeedIgnored = Annotated[int, typer.Option("--seed", hidden=True)]
-DeviceIgnored = Annotated[str, typer.Option("--device", hidden=True)]
-DtypeIgnored = Annotated[str, typer.Option("--dtype", hidden=True)]
+DeviceIgnored = Annotated[str, typer.Option("--device", hidden=True, callback=_known_device)]
+DtypeIgnored = Annotated[str, typer.Option("--dtype", hidden=True, callback=_known_dtype)]
 
 _DATA: str = Job.model_fields["data"].default
 _SAMPLES: int = Job.model_fields["samples"].default
@@ -184,9 +200,15 @@ def prune(
     _start(quiet, as_json, device)
     steps = [{"method": method, **{key: value for key, value in options.items() if value is not None}}]
     if recover:
-        from billhook.methods.base import METHODS
+        from billhook.methods.base import METHODS, SparseMethod
+        from billhook.methods.structured import StructuredMethod
 
         repair = METHODS.parse(recover)
+        if isinstance(repair, SparseMethod | StructuredMethod):
+            raise BillhookError(
+                f"Method {repair.name} removes weights and repairs nothing: give it as --method, or as a step of a "
+                "recipe; perp is one that repairs."
+            )
         steps.append({"method": repair.name, **repair.options()})
     _run(
         {

@@ -119,6 +119,10 @@ class Registry(Generic[T]):
             options = {str(key): value for key, value in given.items()}
             return self.make(str(options.pop("name", "")), **options)
         match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", str(given), re.DOTALL)
+        if match is None and (text := str(given).strip()).count("(") != text.count(")"):
+            raise BillhookError(
+                f"In {text!r} a parenthesis is open or too many: options are written as name(key=value, ...)."
+            )
         if match is None:
             raise BillhookError(f"{str(given)!r} is not the name of a known {self.kind}: there are {', '.join(self)}.")
         return self.make(match[1], **{**self._options(match[1], match[2] or ""), **more})

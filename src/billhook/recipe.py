@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from billhook.errors import BillhookError, nearest
 from billhook.methods import Method, method, methods
@@ -15,6 +16,23 @@ from billhook.methods import Method, method, methods
 _TEXT = "tag:yaml.org,2002:str"
 
 S = TypeVar("S", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers that people write: 1e-3 is one, and 2:4 is a pattern, not 124 in base 60."""
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+)",
+    "tag:yaml.org,2002:float": r"[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))"
+    r"|\.(?:nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():  # whole numbers first: the second pattern matches them too
+    _Loader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
 
 
 class Job(BaseModel):
@@ -40,7 +58,14 @@ class Job(BaseModel):
     eval: bool = Field(True, description="measure perplexity before and after")
     eval_data: str | None = Field(None, description="text to measure perplexity on; the held-out part of data")
     eval_length: int | None = Field(None, ge=2, description="tokens per evaluation window; 1024 or the model's limit")
-    eval_windows: int | None = Field(40, ge=1, description="at most so many evaluation windows; null for all")
+    eval_windows: int | None = Field(40, description="at most so many evaluation windows; null for all")
+
+    @field_validator("eval_windows")
+    @classmethod
+    def _some_windows(cls, count: int | None) -> int | None:
+        if count is not None and count < 1:
+            raise ValueError("give at least 1, or for all of them 0 on the command line and null in a recipe")
+        return count
 
     def methods(self) -> list[Method]:
         """The steps as methods.
@@ -85,10 +110,15 @@ def read_recipe(path: Path, **overrides: Any) -> Job:
 def parse_recipe(text: str, name: str = "recipe", **overrides: Any) -> Job:
     """Like `read_recipe`, from a string."""
     result = parse_as(Job, text, name, _check_steps, **overrides)
-    try:
-        result.methods()
-    except BillhookError as error:
-        raise BillhookError(f"{name}: {error}") from None
+    for number, step in enumerate(result.steps):
+        try:
+            result.model_copy(update={"steps": [step]}).methods()
+        except BillhookError as error:
+            tree = yaml.compose(text, Loader=_Loader)
+            option = re.match(r"Method [\w-]+: (\w+)=", str(error))
+            assert isinstance(tree, yaml.MappingNode)
+            line = _line(tree, ("steps", number, *option.groups())) if option else _line(tree, ("steps", number))
+            raise BillhookError(f"{name}{f', line {line}' if line else ''}: {error}") from None
     return result
 
 
@@ -102,6 +132,8 @@ def text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise BillhookError(f"There is no recipe {path}.") from None
+    except IsADirectoryError:
+        raise BillhookError(f"{path} is a folder: name the recipe, a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BillhookError(f"The recipe {path} cannot be read as UTF-8 text: {error}.") from None
 
@@ -124,8 +156,8 @@ def parse_as(
         BillhookError: bad YAML, a wrong key (with its line and the keys that are allowed), a value out of range.
     """
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        tree = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
     except Exception as error:  # PyYAML's constructors raise whatever a wrong tag leads them to
         mark = getattr(error, "problem_mark", None)
         where = f"{name}, line {mark.line + 1}" if mark else name
@@ -133,6 +165,7 @@ def parse_as(
         raise BillhookError(f"{where}: this is not YAML ({problem.splitlines()[0]}).") from None
     if not isinstance(values, dict) or not isinstance(tree, yaml.MappingNode):
         raise BillhookError(f"{name}: a recipe is a mapping with the keys {', '.join(schema.model_fields)}.")
+    _refuse_twice(tree, name)
     allowed = list(schema.model_fields)
     for key, _ in tree.value:
         if key.tag != _TEXT or key.value not in allowed:
@@ -148,6 +181,25 @@ def parse_as(
         first = error.errors()[0]
         line = _line(tree, first["loc"])
         raise BillhookError(f"{name}{f', line {line}' if line else ''}: {_sentence(error, schema)}") from None
+
+
+def _refuse_twice(node: yaml.Node, name: str, above: tuple[yaml.Node, ...] = ()) -> None:
+    """A key that is given twice, of which YAML would take the last."""
+    if node in above:  # an alias of what it stands in
+        return
+    above = (*above, node)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise BillhookError(
+                    f"{name}, line {line}: key {key.value!r} was given in line {lines[key.value]} already: keep one."
+                )
+            _refuse_twice(value, name, above)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_twice(value, name, above)
 
 
 def _check_steps(tree: yaml.MappingNode, name: str) -> None:
@@ -173,7 +225,15 @@ def _check_steps(tree: yaml.MappingNode, name: str) -> None:
                             f"{name}, line {option.start_mark.line + 1}: method {chosen} has no option "
                             f"{option.value!r}{nearest(str(option.value), allowed)}; allowed are {', '.join(allowed)}."
                         )
-            elif chosen is not None:
+            elif chosen is None:
+                keys = [str(k.value) for k, _ in step.value]
+                meant = next((key for key in keys if nearest(key, ["method"])), None)
+                instead = f" ({meant!r} is no key: did you mean 'method'?)" if meant else ""
+                raise BillhookError(
+                    f"{name}, line {step.start_mark.line + 1}: the step names no method{instead}: write 'method: "
+                    f"wanda', for example, with its options below; there are {', '.join(known)}."
+                )
+            else:
                 raise BillhookError(
                     f"{name}, line {step.start_mark.line + 1}: there is no method {chosen!r}"
                     f"{nearest(str(chosen), known)}; there are {', '.join(known)}."
@@ -206,7 +266,7 @@ def _sentence(error: ValidationError, schema: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         known = list(schema.model_fields)
         return f"{option!r} is not known{nearest(option, known)}; allowed are {', '.join(known)}."
-    message = str(first["msg"])
+    message = str(first["msg"]).removeprefix("Value error, ")
     return f"{option}={shortened(first['input'])} is not possible: {message[0].lower()}{message[1:]}."
 
 

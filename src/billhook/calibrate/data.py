@@ -277,7 +277,7 @@ def _read_file(path: Path) -> list[str]:
         texts = _json_lines(text, path) if suffix in {".jsonl", ".json"} else [text]
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise BillhookError(f"{path} holds no text; name a file with some.")
+        raise BillhookError(f"{path} holds no text, so no token was found: name a file with some.")
     return texts
 
 

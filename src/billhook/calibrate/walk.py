@@ -597,7 +597,7 @@ class Walk:
         count = sum(p.numel() for p in self.model.parameters())
         if self.max_memory is not None and resident_memory() + count * self.dtype.itemsize > self.max_memory:
             raise BillhookError(
-                f"--max-memory {self.max_memory / 1e9:.2f} GB is too little: this needs the whole model in memory, "
+                f"--max-memory {self.max_memory / 1e9:.3g} GB is too little: this needs the whole model in memory, "
                 f"{count * self.dtype.itemsize / 1e9:.2f} GB; give more, or choose options that go block by block."
             )
         inside = {id(module) for block in self.blocks for module in block.modules()}
@@ -953,7 +953,7 @@ class Walk:
         floor = resident_memory() + working
         if floor > self.max_memory:
             raise BillhookError(
-                f"--max-memory {self.max_memory / 1e9:.2f} GB is too little: one block of this model with one batch "
+                f"--max-memory {self.max_memory / 1e9:.3g} GB is too little: one block of this model with one batch "
                 f"of {max(tokens)} tokens takes about {floor / 1e9:.2f} GB; give more, or use shorter sequences."
             )
         return floor + sum(tokens) * hidden * itemsize > self.max_memory

@@ -133,6 +133,9 @@ def read_index(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             raise BillhookError(
                 f"{file} is truncated: tensor {key!r} ends at byte {tensor.end}, the file at {size}; fetch it again."
             )
+    end = max((tensor.end for tensor in tensors.values()), default=8 + length)
+    if end < size:
+        raise BillhookError(f"{file} has {size - end} bytes behind its last tensor, so it is damaged: fetch it again.")
     return tensors, metadata
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, nearest
 from billhook.models.checkpoint import COMPRESSED, Checkpoint, Packed
 from billhook.models.source import Streamed, attach, fill_buffers, match_keys
 from billhook.surgery.slim import class_named
@@ -31,6 +32,8 @@ def resolve(name: str) -> Path:
 
     if name == "demo":
         return demo_model()
+    if not name.strip():
+        raise BillhookError("No model is named: give a folder, a GGUF file or a hub id; for a first try use 'demo'.")
     path = _expanded(name)
     if path.is_dir():
         return path
@@ -48,7 +51,7 @@ def resolve(name: str) -> Path:
     if local:
         raise BillhookError(
             f"No model {name!r}: it is no local folder or GGUF file, and not a hub id of the form owner/name; for a "
-            "first try use 'demo'."
+            f"first try use 'demo'{nearest(name, ['demo'])}."
         )
     return _from_hub(name)
 
@@ -129,9 +132,16 @@ def load(
 def _from_pretrained(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         model: nn.Module
-        model, loading = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, loading = cls.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:  # what is wrong with a model surfaces as many exception types
         raise BillhookError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+    for name, stored, wanted in sorted(loading["mismatched_keys"]):
+        raise BillhookError(
+            f"In {folder} the tensor {name!r} is {_shape(stored)}, and its config.json makes it {_shape(wanted)}: "
+            "fetch the model again, or correct config.json."
+        )
     missing = sorted(loading["missing_keys"])
     if missing:
         # Transformers fills these with random numbers and only warns.
@@ -140,6 +150,10 @@ def _from_pretrained(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
             "again, or correct 'architectures' in its config.json."
         )
     return model
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _skeleton(folder: Path) -> nn.Module:
@@ -153,6 +167,13 @@ def _skeleton(folder: Path) -> nn.Module:
         raise BillhookError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
     names = getattr(config, "architectures", None) or []
     cls: Any = (class_named(names[0]) or getattr(transformers, names[0], None)) if names else None
+    if names and cls is None:
+        log.warning(
+            "%s names the class %s, which Transformers does not have: its causal language model of type %s is used.",
+            folder / "config.json",
+            names[0],
+            config.model_type,
+        )
     try:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = (
