@@ -102,7 +102,7 @@ def test_spilling_to_disk_changes_nothing(make_folder: MakeFolder, monkeypatch: 
 
 def test_too_little_memory_is_said(make_folder: MakeFolder) -> None:
     streamed, _ = bh.load(make_folder(), stream=True)
-    with pytest.raises(BillhookError, match=r"max-memory 0\.00 GB is too little"):
+    with pytest.raises(BillhookError, match=r"max-memory 1e-06 GB is too little: one block"):
         bh.perplexity(streamed, windows_of(), max_memory=1000)
 
 
