@@ -5,7 +5,8 @@
 The floor is two forward passes over the calibration data through the blocks, as the model itself computes them in
 the same precision, without hooks, selection or files. Products are counted from shapes: the linear layers and the
 two products of attention, once for the pass that collects (without the block's last projection, which that pass
-skips except for its first batch) and once for the pass that goes on.
+skips except for its first batch) and once for the pass that goes on. SparseGPT's passes halt where others end, so it
+has one, and the first batch's once more.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def main() -> None:
             "passes": round(2 * (phases["collect"] + phases["propagate"]) / result[f"floor_seconds_{used}"], 2),
         }
         if name in ("wanda", "sparsegpt"):
-            flop = products + (grams if name == "sparsegpt" else 0)
+            flop = products if name == "wanda" else (linear + attention) * (1 + 1 / len(batches)) + grams
             ideal = flop / (result[f"peak_gflops_{used}"] * 1e9)
             result[name] |= {
                 "products_gflop": round(flop / 1e9),

@@ -39,6 +39,13 @@ def resident_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device without taking them from others."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and accelerator of this machine."""
     name = platform.processor() or platform.machine()

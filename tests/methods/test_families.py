@@ -26,7 +26,7 @@ METHODS = [
     bh.SparseGPT(sparsity=0.5, scope="row"),
     bh.SparseGPT(pattern="2:4"),
     bh.SparseGPT(pattern="4:8"),
-    bh.SparseGPT(sparsity=0.5, true_sequential=True),
+    bh.SparseGPT(sparsity=0.5, true_sequential=False),
 ]
 
 

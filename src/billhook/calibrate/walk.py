@@ -31,6 +31,7 @@ from billhook.calibrate import distributed
 from billhook.calibrate.activations import Activations
 from billhook.calibrate.attention import in_strips
 from billhook.calibrate.capture import Batch, Capture, Stop, inference, quiet, surroundings
+from billhook.calibrate.halting import Halting, Rehearsal
 from billhook.calibrate.journal import Journal, block_tensors
 from billhook.calibrate.padding import real_tokens, rows, sequences
 from billhook.calibrate.precision import Precision, forward_precision, has_bf16, resolve, statistics_precision
@@ -42,7 +43,7 @@ from billhook.record import BlockRecord, SiteRecord
 from billhook.surgery.modeling_slim import SlimAttention, SlimBlock
 from billhook.surgery.shrink import keep_blocks_
 from billhook.surgery.slim import dims_of, resize_
-from billhook.system import finite, peak_memory, release_memory, resident_memory
+from billhook.system import finite, free_memory, peak_memory, release_memory, resident_memory
 
 log = logging.getLogger("billhook")
 
@@ -80,7 +81,9 @@ class Block:
         self._known: dict[nn.Module, tuple[Site, list[Tensor]]] = {}  # parts that are not computed any more
         self._left: list[Tensor] | None = None  # outputs by batch, before they are turned by
         self._basis: Tensor | None = None
+        self._halting: Halting | None = None  # passes that go on once the sites before are edited
         self._dense_output: Tensor | None = None
+        self._repeats = False  # whether a site is called more than once in a pass
         self._shapes = {site: site.shape for site in self.sites}  # before anything is removed
 
     def collect(
@@ -105,6 +108,62 @@ class Block:
         for kind in kinds:
             self._gathered.setdefault(kind, {}).update(results[kind])
         return results[statistic]
+
+    def in_turn(
+        self, statistic: type[Statistic[R]], *, together: bool = False
+    ) -> Iterator[tuple[list[Site], dict[Site, R]]]:
+        """The sites stage by stage with their statistic: the inputs that they have once the stages before are edited.
+
+        One pass in all: it halts at every stage, where the caller edits the weights of that stage and no others,
+        and its end are the block's outputs. Where activations are too many to be held, or the block does not read
+        its sites one stage after the other, each stage costs a pass of its own; what comes out is the same.
+
+        Args:
+            statistic: what to gather of each site's input.
+            together: all sites as one stage, with the inputs of the block as it was.
+
+        Yields:
+            The sites of a stage, and the results as in `collect`.
+
+        Raises:
+            BillhookError: an input is not finite; names block and site.
+        """
+        if together:
+            yield self.sites, self.collect(statistic)
+            return
+        if not self._may_halt():
+            for sites in self.stages:
+                yield sites, self.collect(statistic, sites)
+            return
+        walk = self._walk
+        kinds = [statistic, *(kind for kind in walk.companions if kind is not statistic)]
+        self._halting = Halting(lambda batch: walk.output_of(self, batch), len(walk.inputs), self.stages)
+        for number, sites in enumerate(self.stages):
+            gathering: dict[Any, dict[Site, Statistic[Any]]] = {kind: {} for kind in kinds}
+            with self._timed("collect"), walk.passing():
+                for batch in range(len(walk.inputs)):
+                    x = self._halting.arrive(number, batch)
+                    if x is not None:
+                        for site in sites:
+                            self._take(site, sites[0], x, batch, gathering)
+            for kind in kinds:
+                results = self._results(kind, gathering[kind], sites, walk.device)
+                self._gathered.setdefault(kind, {}).update(results)
+            yield sites, {site: self._gathered[statistic][site] for site in sites}
+
+    def _may_halt(self) -> bool:
+        """Whether passes may halt at each stage: what they hold is little enough, and the block is made for it."""
+        if len(self.stages) < 2:
+            return False
+        # the residual stream before and after the attention, a normed one, and what the widest site reads
+        held = 3 * self._walk.inputs[0].shape[-1] + max(site.shape[1] for site in self.sites)
+        if not self._walk.has_room(held):
+            return False
+        with self._timed("collect"), self._walk.passing():
+            rehearsal = Rehearsal(self.stages)
+            self._dense_output = self._walk.output_of(self, 0)
+            orderly, self._repeats = rehearsal.end()
+        return orderly
 
     def proceed_from(self, site: Site, part: nn.Module, columns: Tensor | None = None) -> None:
         """From now on, compute only the last layer of an attention or MLP, from the inputs that were held for it.
@@ -144,8 +203,20 @@ class Block:
             for part in self._known:
                 del part.forward
 
+    def let_go(self) -> None:
+        """Free what is held of passes."""
+        self._known.clear()
+        self._held.clear()
+        self._left = self._basis = None
+        if self._halting is not None:
+            self._halting.close()
+            self._halting = None
+
     def _output(self, batch: int) -> Tensor:
         """What leaves the block as it is now."""
+        if self._halting is not None:
+            with self._walk.passing():
+                return self._halting.finish(batch)
         if self._left is None or self._basis is None:
             return self._walk.forward(self, batch)
         x = self._left[batch]
@@ -268,19 +339,17 @@ class Block:
         read: dict[int, tuple[Tensor, Site]] = {}  # inputs of this batch by identity; the tensor is kept alive
         missing = set(wanted)
         whole_pass = batch == 0 and self._dense_output is None
-        real = self._walk.real[batch]
         handles = []
 
         def listen(site: Site) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 x = args[0]
                 leader = read.setdefault(id(x), (x, site))[1]
-                with statistics_precision(self._walk.precision, x.device):
-                    for kind, statistics in gathering.items():
-                        _feed(kind, statistics, site, leader, x, real)
-                self._probe(site, rows(x, real))
+                self._take(site, leader, x, batch, gathering)
+                if whole_pass and site not in missing:
+                    self._repeats = True
                 missing.discard(site)
-                if not missing and not whole_pass:
+                if not missing and not whole_pass and not self._repeats:
                     raise Stop
 
             return hook
@@ -294,6 +363,16 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _take(
+        self, site: Site, leader: Site, x: Tensor, batch: int, gathering: dict[Any, dict[Site, Statistic[Any]]]
+    ) -> None:
+        """Take in what `site` reads of one batch, and `leader` was the first to read."""
+        real = self._walk.real[batch]
+        with statistics_precision(self._walk.precision, x.device):
+            for kind, statistics in gathering.items():
+                _feed(kind, statistics, site, leader, x, real)
+        self._probe(site, rows(x, real))
 
     @contextmanager
     def _holding(self, sites: Sequence[Site]) -> Iterator[None]:
@@ -480,10 +559,19 @@ class Walk:
 
     def forward(self, block: Block, batch: int) -> Tensor:
         """The block's output for one batch of its present inputs."""
+        with self.passing(), block._proceeding(batch):
+            return self.output_of(block, batch)
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """What forward passes of blocks are computed in."""
+        with inference(self.model), forward_precision(self.precision, self.device), in_strips():
+            yield
+
+    def output_of(self, block: Block, batch: int) -> Tensor:
+        """`forward` for who is inside `passing`."""
         call = self._capture.calls[batch][block.index]
-        precision = forward_precision(self.precision, self.device)
-        with inference(self.model), precision, in_strips(), block._proceeding(batch):
-            output = block.module(self.inputs[batch], *call.args, **call.kwargs)
+        output = block.module(self.inputs[batch], *call.args, **call.kwargs)
         self._as_tuple = isinstance(output, tuple)
         hidden = output[0] if isinstance(output, tuple) else output
         assert isinstance(hidden, Tensor)
@@ -500,8 +588,21 @@ class Walk:
         """
         if self.max_memory is not None or self.inputs.folder is not None:
             return False
+        return self._size(width) <= _HELD
+
+    def has_room(self, width: int) -> bool:
+        """Whether activations of this width fit beside everything else, where what comes out is the same either way."""
+        if self.inputs.folder is not None:
+            return False
+        size = self._size(width)
+        if self.max_memory is not None:  # twice, for what an allocator leaves between them
+            return resident_memory() + 2 * size <= self.max_memory
+        return size <= max(_HELD, free_memory(self.device) // 4)
+
+    def _size(self, width: int) -> int:
+        """Bytes of activations of this width, over all batches."""
         tokens = sum(self.inputs[batch][..., 0].numel() for batch in range(len(self.inputs)))
-        return tokens * width * self.dtype.itemsize <= _HELD
+        return tokens * width * self.dtype.itemsize
 
     def looked(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Like `remembered`, for what the model and the data alone decide: runs that share `looks` compute it once."""
@@ -770,6 +871,8 @@ class Walk:
                     last_snapshot = self._finish(block, error, last_snapshot)
                     step(f"{self.names[index]}" + (f"  error {error:.3g}" if error is not None else ""))
         finally:
+            if self.current is not None:
+                self.current.let_go()
             self.current = None
             if self.needs != "forward":
                 self.close()
@@ -859,9 +962,7 @@ class Walk:
             record = BlockRecord(index=block.index, name=block.name, seconds=block.seconds, error=error)
             if self.journal is not None:
                 last_snapshot = self._commit(block, record, sites, last_snapshot)
-            block._known.clear()
-            block._held.clear()
-            block._left = block._basis = None
+            block.let_go()
             self.source.release(block.module, block.name)
             release_memory()
         record.seconds = dict(block.seconds)

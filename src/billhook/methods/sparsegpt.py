@@ -40,7 +40,9 @@ class SparseGPT(SparseMethod):
     damping: float = Field(0.01, gt=0, le=1, description="Share of the mean diagonal added to the Gram matrix.")
     block_size: int = Field(128, ge=1, description="Columns whose mask is chosen at once.")
     true_sequential: bool = Field(
-        False, description="Collect anew after each group of projections instead of once per block."
+        True,
+        description="Projections see what those before them became (one halting pass), not the block as it was (two "
+        "passes, less memory, the authors' code).",
     )
 
     @property
@@ -50,8 +52,7 @@ class SparseGPT(SparseMethod):
     def prune(self, walk: Walk) -> None:
         sparsity = self.targets(walk)
         for block in walk:
-            for sites in block.stages if self.true_sequential else [block.sites]:
-                grams = block.collect(Gram, sites)
+            for sites, grams in block.in_turn(Gram, together=not self.true_sequential):
                 for together in _sharing(sites, grams, sparsity):
                     gram = grams[together[0]]
                     upper = inverse_cholesky(gram.matrix, self.damping)
