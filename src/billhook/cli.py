@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import sys
-import time
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # Typer does not name it
-_HEARD = 2.0  # seconds that the other processes give the one that says what is wrong
 _INTERRUPTED = 130
 _out = Console()
 _err = Console(stderr=True)
@@ -817,12 +815,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> int:
-    from billhook.calibrate import distributed
-
-    if distributed.speaks():
-        _err.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True, highlight=False)
-    else:
-        time.sleep(_HEARD)  # torchrun ends all processes when the first of them has ended
+    _err.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True, highlight=False)
     return 2
 
 

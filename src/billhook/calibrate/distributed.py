@@ -33,11 +33,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def speaks() -> bool:
-    """Whether this process says what the user did wrong: before they have met, all made the same mistake."""
-    return dist.is_initialized() or int(os.environ.get("LOCAL_RANK", "0")) == 0
-
-
 def sum_(tensors: list[Tensor]) -> None:
     """Sum each tensor over all processes, in place."""
     if world() > 1:
