@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from greenlet import greenlet
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from billhook.anatomy import Site
 from billhook.errors import BillhookError
+
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
 
 class Halting:
@@ -40,11 +43,7 @@ class Halting:
         self._halts: list[tuple[int, Tensor] | None] = [None] * count  # at which stage, with which input
         self._outputs: dict[int, Tensor] = {}  # of passes that ended without a halt
         self._running = -1
-        self._handles = [
-            site.module.register_forward_pre_hook(self._hook(number, site))
-            for number, stage in enumerate(stages)
-            for site in stage
-        ]
+        self._handles = _listen(stages, self._hook)
 
     def arrive(self, number: int, batch: int) -> Tensor | None:
         """Run a batch's pass up to a stage: the input that the stage reads; None if the pass does not come by it."""
@@ -77,7 +76,7 @@ class Halting:
             self._halts[batch] = None
             self._outputs[batch] = result
 
-    def _hook(self, number: int, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _hook(self, number: int, site: Site) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             at = self._halts[self._running]
             if at is not None and at[0] == number and at[1] is args[0]:
@@ -101,13 +100,9 @@ class Rehearsal:
     def __init__(self, stages: Sequence[Sequence[Site]]) -> None:
         self._calls: list[tuple[int, Site, Tensor]] = []
         self._modes: list[tuple[bool, ...]] = [_modes()]
-        self._handles = [
-            site.module.register_forward_pre_hook(self._hook(number, site))
-            for number, stage in enumerate(stages)
-            for site in stage
-        ]
+        self._handles = _listen(stages, self._hook)
 
-    def _hook(self, number: int, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _hook(self, number: int, site: Site) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             self._calls.append((number, site, args[0]))
             self._modes.append(_modes())
@@ -123,6 +118,15 @@ class Rehearsal:
         in_order = all(a[0] <= b[0] for a, b in pairwise(calls))
         one_input = all(a[2] is b[2] for a, b in pairwise(calls) if a[0] == b[0])
         return not repeats and in_order and one_input and len(set(self._modes)) == 1, repeats
+
+
+def _listen(stages: Sequence[Sequence[Site]], make: Callable[[int, Site], Hook]) -> list[RemovableHandle]:
+    """Call `make(number of the stage, site)` before each site reads its input."""
+    return [
+        site.module.register_forward_pre_hook(make(number, site))
+        for number, stage in enumerate(stages)
+        for site in stage
+    ]
 
 
 def _modes() -> tuple[bool, ...]:

@@ -103,11 +103,15 @@ class Block:
             BillhookError: an input is not finite; names block and site.
         """
         wanted = list(self.sites if sites is None else sites)
-        kinds = [statistic, *(kind for kind in self._walk.companions if kind is not statistic)]
+        kinds = self._kinds(statistic)
         results = self._pass(kinds, wanted, [site for site in hold if self._walk.holds(site.shape[1])])
         for kind in kinds:
             self._gathered.setdefault(kind, {}).update(results[kind])
         return results[statistic]
+
+    def _kinds(self, statistic: type[Statistic[Any]]) -> list[type[Statistic[Any]]]:
+        """What a pass gathers: what is asked, and its companions."""
+        return [statistic, *(kind for kind in self._walk.companions if kind is not statistic)]
 
     def in_turn(
         self, statistic: type[Statistic[R]], *, together: bool = False
@@ -131,12 +135,12 @@ class Block:
         if together:
             yield self.sites, self.collect(statistic)
             return
-        if not self._may_halt():
+        if not self._rehearsed():
             for sites in self.stages:
                 yield sites, self.collect(statistic, sites)
             return
         walk = self._walk
-        kinds = [statistic, *(kind for kind in walk.companions if kind is not statistic)]
+        kinds = self._kinds(statistic)
         self._halting = Halting(lambda batch: walk.output_of(self, batch), len(walk.inputs), self.stages)
         for number, sites in enumerate(self.stages):
             gathering: dict[Any, dict[Site, Statistic[Any]]] = {kind: {} for kind in kinds}
@@ -151,8 +155,8 @@ class Block:
                 self._gathered.setdefault(kind, {}).update(results)
             yield sites, {site: self._gathered[statistic][site] for site in sites}
 
-    def _may_halt(self) -> bool:
-        """Whether passes may halt at each stage: what they hold is little enough, and the block is made for it."""
+    def _rehearsed(self) -> bool:
+        """Pass the first batch, as the block is, where halting passes have room; whether they can halt by stage."""
         if len(self.stages) < 2:
             return False
         # the residual stream before and after the attention, a normed one, and what the widest site reads
