@@ -228,3 +228,11 @@ def test_a_rehearsal_hears_every_order() -> None:
     rehearsal = Rehearsal([[Site(name, 0, name, both.get_submodule(name)) for name in ("one", "two")]])
     both(x)
     assert rehearsal.end() == (False, False)  # they do not read one tensor
+
+
+def test_a_block_whose_passes_have_halted_is_not_passed_beside_them() -> None:
+    for block in bh.walk(build("llama"), batches_for("llama")):
+        for _ in block.in_turn(ColumnNorm):
+            with pytest.raises(bh.BillhookError, match="halted in its middle"):
+                block.collect(ColumnNorm)
+        break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -47,6 +48,10 @@ class Activations:
             self._memory[index] = value
         else:
             write_atomically(self._file(index), [byte_view(value.detach().cpu().contiguous())])
+
+    def positions(self) -> int:
+        """How many positions, tokens and padding alike, all tensors have."""
+        return sum(math.prod(shape[:-1]) for shape, _ in self._meta)
 
     def seal(self) -> None:
         """Declare the folder whole."""

@@ -61,7 +61,9 @@ def inverse_cholesky(gram: Tensor, damping: float = 0.01) -> Tensor:
     while True:
         lower = cholesky(damped(gram, strength).flip(0, 1))
         if lower is not None:
-            upper = inverse_triangular(lower).flip(0, 1)
+            inverse = inverse_triangular(lower)
+            del lower  # as large as everything else here
+            upper = inverse.flip(0, 1)
             if finite(upper):
                 return upper.contiguous()
         if strength >= 1:

@@ -150,10 +150,12 @@ class Block:
                     if x is not None:
                         for site in sites:
                             self._take(site, sites[0], x, batch, gathering)
+                release_memory()  # the gaps that passes and solves leave between what is held would add up
             for kind in kinds:
                 results = self._results(kind, gathering[kind], sites, walk.device)
                 self._gathered.setdefault(kind, {}).update(results)
             yield sites, {site: self._gathered[statistic][site] for site in sites}
+            release_memory()
 
     def _rehearsed(self) -> bool:
         """Pass the first batch, as the block is, where halting passes have room; whether they can halt by stage."""
@@ -297,6 +299,8 @@ class Block:
         self, kinds: Sequence[type[Statistic[Any]]], wanted: list[Site], hold: Sequence[Site] = ()
     ) -> dict[Any, dict[Site, Any]]:
         """Gather several statistics of the wanted sites at once."""
+        if self._halting is not None:
+            raise BillhookError(f"The passes of block {self.index} have halted in its middle: collect before in_turn.")
         if self._walk.current is not self:
             raise BillhookError(
                 f"The walk is not at block {self.index} any more: collect inside the loop over the walk."
@@ -605,8 +609,7 @@ class Walk:
 
     def _size(self, width: int) -> int:
         """Bytes of activations of this width, over all batches."""
-        tokens = sum(self.inputs[batch][..., 0].numel() for batch in range(len(self.inputs)))
-        return tokens * width * self.dtype.itemsize
+        return self.inputs.positions() * width * self.dtype.itemsize
 
     def looked(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Like `remembered`, for what the model and the data alone decide: runs that share `looks` compute it once."""
