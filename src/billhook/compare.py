@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -34,15 +35,7 @@ from billhook.run import (
     run_steps,
     staged,
 )
-from billhook.system import (
-    machine,
-    parse_bytes,
-    parse_device,
-    parse_dtype,
-    peak_memory,
-    reset_peak_memory,
-    versions,
-)
+from billhook.system import machine, parse_dtype, peak_memory, reset_peak_memory, versions
 
 
 def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bool = False) -> tuple[Comparison, bool]:
@@ -69,12 +62,7 @@ def compare(job: Job, names: Sequence[str], targets: Sequence[str], *, force: bo
     if not force:
         target_folder.refuse_foreign("table.json")
     torch.manual_seed(job.seed)
-    options = Options(
-        device=parse_device(job.device),
-        precision=job.precision,
-        max_memory=parse_bytes(job.max_memory) if job.max_memory else None,
-        looks={},
-    )
+    options = replace(Options.of(job), looks={})
     model, tokenizer = load(job.model, dtype=parse_dtype(job.dtype), stream=True)
     refuse_source(model, target_folder)
     family = anatomy_of(model)

@@ -24,7 +24,7 @@ from billhook.recipe import Job
 from billhook.report import curve as pages
 from billhook.report.curve import CurveReport, MatrixSparsities, PatternPoint
 from billhook.run import Options, fingerprint_of, opened, prepare_data, refuse_source, run_steps, staged
-from billhook.system import machine, parse_bytes, parse_device, parse_dtype, versions
+from billhook.system import machine, parse_dtype, versions
 
 MARKER = "curve.json"
 
@@ -74,11 +74,7 @@ def sparsity_curve(
     target = Target(job.out)
     if not force:
         target.refuse_foreign(MARKER)
-    options = Options(
-        device=parse_device(job.device),
-        precision=job.precision,
-        max_memory=parse_bytes(job.max_memory) if job.max_memory else None,
-    )
+    options = Options.of(job)
     model, tokenizer = load(job.model, dtype=parse_dtype(job.dtype), stream=True)
     refuse_source(model, target)
     family = anatomy_of(model)
@@ -119,7 +115,12 @@ def sparsity_curve(
                 steps, _ = run_steps(pruned, [one], drawn, staging / label, options)
                 shares[label] = {site.site: site.sparsity for site in steps[0].sites}
             after = evaluate(
-                pruned, windows, job.data, device=options.device, max_memory=options.max_memory, label=label
+                pruned,
+                windows,
+                job.eval_data or job.data,
+                device=options.device,
+                max_memory=options.max_memory,
+                label=label,
             )
             values[label] = -math.log(after.perplexity) if after.perplexity > 0 else -math.inf
             if distributed.is_main():

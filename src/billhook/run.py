@@ -50,6 +50,16 @@ class Options:
     max_memory: int | None = None
     looks: dict[str, dict[str, float]] | None = None  # shared by runs over one model and the same data
 
+    @classmethod
+    def of(cls, job: Job) -> Options:
+        """What a job says of it.
+
+        Raises:
+            BillhookError: no such device, or not an amount of memory.
+        """
+        limit = parse_bytes(job.max_memory) if job.max_memory else None
+        return cls(device=parse_device(job.device), precision=job.precision, max_memory=limit)
+
 
 def prune(
     model: nn.Module,
@@ -127,11 +137,7 @@ def execute(job: Job, *, force: bool = False) -> tuple[Report, bool]:
     """
     start = time.perf_counter()
     steps = job.methods()
-    options = Options(
-        device=parse_device(job.device),
-        precision=job.precision,
-        max_memory=parse_bytes(job.max_memory) if job.max_memory else None,
-    )
+    options = Options.of(job)
     torch.manual_seed(job.seed)
     target = Target(job.out)
     if not force:
